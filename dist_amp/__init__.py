@@ -1,0 +1,23 @@
+"""Distributed mixed-precision training on TensorFlow and Keras 3.
+
+The same model on one device, N replicas, many hosts or a TPU.
+"""
+
+from dist_amp.optimizer import (
+    DistributedOptimizer,
+    LossScaleOptimizer,
+    wrap_optimizer,
+)
+from dist_amp.precision import Precision, scope
+from dist_amp.strategy import make_strategy
+from dist_amp.trainer import Trainer
+
+__all__ = [
+    "DistributedOptimizer",
+    "LossScaleOptimizer",
+    "Precision",
+    "Trainer",
+    "make_strategy",
+    "scope",
+    "wrap_optimizer",
+]

@@ -1,0 +1,185 @@
+"""Callbacks that Keras lacks: a progress line with rates, and JSON lines."""
+
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, TextIO
+
+import keras
+
+TRAIN_ONLY = (
+    "loss_scale",
+    "skipped_updates",
+    "examples_per_sec",
+    "steps_per_sec",
+    "learning_rate",
+)
+
+
+class JsonLines(keras.callbacks.Callback):
+    """Appends a line for "train" and one for "test" after each epoch.
+
+    A train line holds `step`, `epoch` (from 1), `split`, `loss`, each metric
+    by its name, `loss_scale`, `skipped_updates`, `examples_per_sec`,
+    `steps_per_sec`, `learning_rate` and `time` (seconds since 1970); a test
+    line holds `step`, `epoch`, `split`, `loss`, the metrics and `time`.
+
+    Args:
+        path: The file; lines of epochs that are trained again after an
+            interruption are replaced.
+        global_step: Tells the number of updates attempted.
+    """
+
+    def __init__(
+        self, path: str | pathlib.Path, global_step: Callable[[], int]
+    ):
+        super().__init__()
+        self._path = pathlib.Path(path)
+        self._global_step = global_step
+
+    def on_epoch_end(
+        self, epoch: int, logs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes the lines of one epoch."""
+        logs = dict(logs or {})
+        head = {"step": self._global_step(), "epoch": epoch + 1}
+        test = {
+            key.removeprefix("val_"): logs.pop(key)
+            for key in list(logs)
+            if key.startswith("val_")
+        }
+        lines = [{**head, "split": "train", **logs, "time": time.time()}]
+        if test:
+            lines.append({**head, "split": "test", **test, "time": time.time()})
+        kept = [line for line in self._read() if line["epoch"] <= epoch]
+        text = "".join(
+            json.dumps({k: _plain(v) for k, v in line.items()}) + "\n"
+            for line in (*kept, *lines)
+        )
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.write_text(text)
+
+    def _read(self) -> list[dict[str, Any]]:
+        if not self._path.exists():
+            return []
+        return [json.loads(line) for line in self._path.open()]
+
+
+class Progress(keras.callbacks.Callback):
+    """One line that is rewritten on a terminal; plain lines in a file.
+
+    Shows the step in the epoch, steps/s, the loss, the metrics and the loss
+    scale. In a file a line is added every `seconds_between_lines`.
+
+    Args:
+        stream: Where to write; standard output by default.
+        describe: Makes the line that ends an epoch from `(epoch, logs)`.
+        seconds_between_lines: How often a file gets a line within an epoch.
+        clock: Seconds, as `time.monotonic`.
+    """
+
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        describe: Callable[[int, Mapping[str, float]], str] | None = None,
+        seconds_between_lines: float = 30.0,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        super().__init__()
+        self._stream = stream or sys.stdout
+        self._describe = describe or describe_epoch
+        self._clock = clock
+        self._is_terminal = self._stream.isatty()
+        self._interval = 0.1 if self._is_terminal else seconds_between_lines
+        self._last_shown = self._clock()
+        self._epoch = 0
+        self._width = 0
+
+    def on_epoch_begin(
+        self, epoch: int, logs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Remembers the epoch."""
+        self._epoch = epoch
+        self._last_shown = self._clock()
+
+    def on_train_batch_end(
+        self, batch: int, logs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Shows the step, if it is time."""
+        if self._clock() - self._last_shown < self._interval:
+            return
+        self._last_shown = self._clock()
+        self._show(self._progress_line(batch + 1, logs or {}))
+
+    def on_epoch_end(
+        self, epoch: int, logs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Ends the line with the epoch's results."""
+        logs = logs or {}
+        if self._is_terminal:
+            steps = self.params.get("steps") or 0
+            self._show(self._progress_line(steps, logs))
+            self._stream.write("\n")
+        self._width = 0
+        self._stream.write(self._describe(epoch, logs) + "\n")
+        self._stream.flush()
+
+    def _progress_line(self, step: int, logs: Mapping[str, Any]) -> str:
+        total = self.params.get("steps")
+        done = f"{step}/{total} {_bar(step, total)}" if total else f"step {step}"
+        rate = logs.get("steps_per_sec", math.nan)
+        shown = [
+            f"{name} {_short(value)}"
+            for name, value in logs.items()
+            if name == "loss_scale"
+            or not (name in TRAIN_ONLY or name.startswith("val_"))
+        ]
+        return f"epoch {self._epoch + 1} {done} {rate:.0f} steps/s, " + (
+            ", ".join(shown)
+        )
+
+    def _show(self, line: str) -> None:
+        if self._is_terminal:
+            padding = " " * max(0, self._width - len(line))
+            self._stream.write(f"\r{line}{padding}")
+            self._width = len(line)
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+
+def describe_epoch(epoch: int, logs: Mapping[str, float]) -> str:
+    """ "Epoch 1, Loss: 0.3012, Accuracy: 91.50, Test Loss: ..." """
+    parts = [f"Epoch {epoch + 1}"]
+    for name, value in logs.items():
+        base = name.removeprefix("val_")
+        if base in TRAIN_ONLY:
+            continue
+        title = base.replace("_", " ").title()
+        title = f"Test {title}" if name != base else title
+        is_share = "accuracy" in base
+        parts.append(
+            f"{title}: {value * 100:.2f}" if is_share else f"{title}: {value:.4f}"
+        )
+    return ", ".join(parts)
+
+
+def _bar(step: int, total: int, width: int = 20) -> str:
+    filled = min(width, width * step // total)
+    return f"[{'=' * filled}{'.' * (width - filled)}]"
+
+
+def _short(value: float) -> str:
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.4f}"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NumPy scalars and no NaN."""
+    value = value.item() if hasattr(value, "item") else value
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return value

@@ -1,0 +1,274 @@
+"""From any tf.data of global batches to what each replica is fed.
+
+A global batch of R examples is cut into N near-equal slices, one a replica, on
+the host. Every example carries a weight: its share of the mean over the global
+batch. A replica's loss is then a plain weighted sum, and the global loss and
+gradient are plain sums over replicas, whatever the size of the last batch;
+a replica that gets no example at all adds zero.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+REDUCTIONS = ("sum_over_batch_size", "mean_with_sample_weight", "sum")
+
+
+class Batch(NamedTuple):
+    """One replica's slice of a global batch.
+
+    Attributes:
+        x: Model inputs, any structure of `[per_replica_batch, ...]`.
+        y: Targets, any structure of `[per_replica_batch, ...]`, or None.
+        weight: Share of each example in the loss of the global batch, float32
+            `[per_replica_batch]` (or the longer shape of the sample weights).
+            Without sample weights all shares of all replicas add up to one.
+        global_size: Examples in the global batch, scalar float32, the same on
+            every replica.
+    """
+
+    x: Any
+    y: Any
+    weight: tf.Tensor
+    global_size: tf.Tensor
+
+
+def split(
+    dataset: tf.data.Dataset,
+    *,
+    num_replicas: int = 1,
+    first_replica: int = 0,
+    num_local_replicas: int | None = None,
+    reduction: str = "sum_over_batch_size",
+    class_weight: Mapping[int, float] | None = None,
+) -> tf.data.Dataset:
+    """Cuts each global batch into the slices of this host's replicas.
+
+    Args:
+        dataset: Yields global batches: `x`, `(x, y)` or
+            `(x, y, sample_weight)`, each leaf `[global_batch, ...]`. Every
+            host is given the same dataset.
+        num_replicas: Replicas of all hosts.
+        first_replica: Index of this host's first replica.
+        num_local_replicas: Replicas of this host; all by default.
+        reduction: What the loss divides by: the number of examples
+            ("sum_over_batch_size"), the sum of their weights
+            ("mean_with_sample_weight"), or nothing ("sum").
+        class_weight: Weight of each class; multiplies the sample weights.
+            The targets are class indices, or one-hot rows.
+
+    Returns:
+        A dataset of tuples of `Batch`, one for each local replica.
+
+    Raises:
+        ValueError: The batch size is known and is no multiple of the number
+            of replicas, or an element is not of the form above.
+    """
+    count = num_local_replicas or num_replicas
+    _check_batch_size(batch_size_of(dataset), num_replicas)
+    class_table = _class_table(class_weight)
+
+    def to_slices(*element: Any) -> tuple[Batch, ...]:
+        x, y, weight = _unpack(element)
+        size = _rows(x)
+        size_as_float = tf.cast(size, tf.float32)
+        if weight is None:
+            weight = tf.ones([size], tf.float32)
+        weight = tf.cast(weight, tf.float32)
+        if class_table is not None:
+            weight = _times(weight, class_table, y)
+        if reduction == "sum_over_batch_size":
+            weight = weight / size_as_float
+        elif reduction == "mean_with_sample_weight":
+            weight = _normalized(weight, size_as_float)
+        return tuple(
+            Batch(
+                *_rows_of_replica(
+                    (x, y, weight), size, first_replica + i, num_replicas
+                ),
+                global_size=size_as_float,
+            )
+            for i in range(count)
+        )
+
+    return dataset.map(to_slices, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def batch_size_of(dataset: tf.data.Dataset) -> int | None:
+    """Global batch size, where the dataset's shapes tell it."""
+    leaves = tf.nest.flatten(dataset.element_spec)
+    shape = leaves[0].shape if leaves else None
+    return shape[0] if shape is not None and shape.rank else None
+
+
+def length_of(dataset: tf.data.Dataset) -> int | None:
+    """Batches in the dataset; None where TensorFlow cannot tell."""
+    cardinality = int(dataset.cardinality())
+    return cardinality if cardinality >= 0 else None
+
+
+def is_infinite(dataset: tf.data.Dataset) -> bool:
+    """Whether the dataset repeats for ever."""
+    return int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
+
+
+def input_spec(dataset: tf.data.Dataset) -> Any:
+    """Structure of `tf.TensorSpec` of the model's inputs."""
+    spec = dataset.element_spec
+    return _unpack(spec if isinstance(spec, tuple) else (spec,))[0]
+
+
+class Stream:
+    """Training batches without end, and where the epochs end in them.
+
+    Args:
+        dataset: One epoch, from `split`.
+        batches_per_step: Batches that one update takes.
+        steps_per_epoch: Updates in an epoch; by default one pass over the
+            dataset, whose last update may take fewer batches.
+
+    Attributes:
+        steps_per_epoch: None until the end of the first epoch if TensorFlow
+            cannot tell the length of the dataset.
+
+    Raises:
+        ValueError: `steps_per_epoch` is needed and missing.
+    """
+
+    def __init__(
+        self,
+        dataset: tf.data.Dataset,
+        *,
+        batches_per_step: int = 1,
+        steps_per_epoch: int | None = None,
+    ):
+        length = length_of(dataset)
+        if steps_per_epoch is None and is_infinite(dataset):
+            raise ValueError(
+                "`steps_per_epoch` is needed: the dataset repeats for ever "
+                "(--steps_per_epoch)."
+            )
+        if steps_per_epoch is None and length is None and batches_per_step > 1:
+            raise ValueError(
+                "`steps_per_epoch` is needed to accumulate gradients over a "
+                "dataset whose length TensorFlow cannot tell; or use "
+                "`dataset.apply(tf.data.experimental.assert_cardinality(n))`."
+            )
+        if length == 0:
+            raise ValueError("The dataset is empty: it yields no batch.")
+        self._dataset = dataset
+        self._batches_per_step = batches_per_step
+        self.steps_per_epoch = steps_per_epoch
+        self._batches_per_epoch = length
+        if steps_per_epoch is not None:
+            self._batches_per_epoch = steps_per_epoch * batches_per_step
+        elif length is not None:
+            self.steps_per_epoch = -(-length // batches_per_step)
+        self.iterator: Any = None
+
+    def open(self, skip_epochs: int = 0, skip_steps: int = 0) -> None:
+        """Starts at the beginning, or where an earlier run stopped."""
+        skip = skip_steps * self._batches_per_step
+        stream = self._dataset
+        if self._batches_per_epoch is not None:
+            skip += skip_epochs * self._batches_per_epoch
+            stream = stream.repeat()
+        if skip:
+            stream = stream.skip(skip)
+        self.iterator = iter(stream.prefetch(tf.data.AUTOTUNE))
+
+    def next_call(self, step_in_epoch: int, wanted: int) -> tuple[int, int]:
+        """How many updates to run in one call, and of how many batches each.
+
+        Args:
+            step_in_epoch: Updates done in this epoch.
+            wanted: Updates to run if the epoch is long enough.
+
+        Returns:
+            `(num_steps, batches_per_step)`; `(0, 0)` at the end of an epoch.
+        """
+        if self.steps_per_epoch is None:
+            return 1, self._batches_per_step
+        left = self.steps_per_epoch - step_in_epoch
+        if left <= 0:
+            return 0, 0
+        batches_left = (
+            self._batches_per_epoch - step_in_epoch * self._batches_per_step
+        )
+        whole_steps = batches_left // self._batches_per_step
+        if whole_steps == 0:
+            return 1, batches_left
+        return min(wanted, whole_steps), self._batches_per_step
+
+    def end_epoch(self, step_in_epoch: int) -> None:
+        """Tells the length of an epoch that ran until the data was used up."""
+        if step_in_epoch == 0:
+            raise ValueError("The dataset is empty: it yields no batch.")
+        self.steps_per_epoch = self._batches_per_epoch = step_in_epoch
+        self.open()
+
+
+def _unpack(element: Sequence[Any]) -> tuple[Any, Any, Any]:
+    if len(element) > 3:
+        raise ValueError(
+            "Each element of the dataset must be `x`, `(x, y)` or "
+            f"`(x, y, sample_weight)`. Received {len(element)} parts."
+        )
+    x, y, weight = (*element, None, None)[:3]
+    return x, y, weight
+
+
+def _check_batch_size(batch_size: int | None, num_replicas: int) -> None:
+    if not batch_size or batch_size % num_replicas == 0:
+        return
+    lower = batch_size - batch_size % num_replicas
+    fitting = [size for size in (lower, lower + num_replicas) if size]
+    raise ValueError(
+        "`global_batch_size` must be a multiple of the number of replicas. "
+        f"Received {batch_size} with {num_replicas} replicas; pass "
+        f"{' or '.join(map(str, fitting))} (--global_batch_size)."
+    )
+
+
+def _rows(x: Any) -> tf.Tensor | int:
+    """Number of examples; a Python int where the shape is static."""
+    leaf = tf.nest.flatten(x)[0]
+    return tf.shape(leaf)[0] if leaf.shape[0] is None else leaf.shape[0]
+
+
+def _rows_of_replica(
+    tensors: Any, size: tf.Tensor | int, replica: int, num_replicas: int
+) -> Any:
+    """Slice number `replica` of `num_replicas`; sizes differ by one at most."""
+    begin = replica * size // num_replicas
+    end = (replica + 1) * size // num_replicas
+    return tf.nest.map_structure(lambda t: t[begin:end], tensors)
+
+
+def _class_table(class_weight: Mapping[int, float] | None) -> tf.Tensor | None:
+    if not class_weight:
+        return None
+    table = [1.0] * (max(class_weight) + 1)
+    for index, weight in class_weight.items():
+        table[index] = weight
+    return tf.constant(table, tf.float32)
+
+
+def _times(weight: tf.Tensor, class_table: tf.Tensor, y: Any) -> tf.Tensor:
+    """Multiplies sample weights by those of the classes in `y`."""
+    if y.shape.rank > 1 and y.shape[-1] != 1:
+        y = tf.argmax(y, axis=-1)
+    elif y.shape.rank > 1:
+        y = tf.squeeze(y, axis=-1)
+    index = tf.cast(y, tf.int64)
+    last = tf.size(class_table, tf.int64) - 1
+    known = tf.gather(class_table, tf.minimum(index, last))
+    return weight * tf.where(index <= last, known, 1.0)
+
+
+def _normalized(weight: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """Weights that add up to one over the examples (mean over the rest)."""
+    elements_per_example = tf.cast(tf.size(weight), tf.float32) / size
+    total = tf.reduce_sum(weight) / elements_per_example
+    return tf.math.divide_no_nan(weight, total)

@@ -1,0 +1,180 @@
+"""A set of Keras metrics: updated in the replicas, read on the host.
+
+The variables of a metric made in a strategy's scope are kept apart on each
+replica and added up when they are read; so results are exact over every
+example, and a replica with no example adds nothing.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dist_amp.data import Batch
+
+MetricLike = str | keras.metrics.Metric
+MetricsLike = Sequence[MetricLike] | Mapping[str, Sequence[MetricLike]]
+
+
+class MetricSet:
+    """The mean loss, metrics of the predictions, and counts of bad numbers.
+
+    Make it in the strategy's scope.
+
+    Args:
+        metrics: Names or `keras.metrics.Metric`s for a model of one output;
+            a dict of lists, by output name, for a model that returns a dict.
+            An instance made outside of the scope is replaced by a copy.
+        loss: The loss; "accuracy" means what fits it.
+    """
+
+    def __init__(self, metrics: MetricsLike, loss: Any = None):
+        self._loss = keras.metrics.Mean(name="loss")
+        self._nonfinite_losses = keras.metrics.Sum(name="nonfinite_losses")
+        self._nonfinite_inputs = keras.metrics.Sum(name="nonfinite_inputs")
+        self._metrics = list(_resolved(metrics, loss))
+        names = ["loss", *(_full_name(*pair) for pair in self._metrics)]
+        if len(set(names)) != len(names):
+            raise ValueError(
+                "Metrics must have names that differ, from each other and "
+                f"from 'loss'. Received {names}."
+            )
+
+    @property
+    def _all(self) -> list[keras.metrics.Metric]:
+        return [
+            self._loss,
+            self._nonfinite_losses,
+            self._nonfinite_inputs,
+            *(metric for _, metric in self._metrics),
+        ]
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """State of all metrics."""
+        return [v for metric in self._all for v in metric.variables]
+
+    def build(self, y: Any, predictions: Any) -> None:
+        """Creates the variables of metrics that wait for shapes.
+
+        Args:
+            y: Targets of one example or more, as the model's data gives them.
+            predictions: What the model returns for them.
+        """
+        for key, metric in self._metrics:
+            metric.update_state(_pick(y, key), _pick(predictions, key))
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets every example seen so far."""
+        for metric in self._all:
+            metric.reset_state()
+
+    def update(self, batch: Batch, loss: tf.Tensor, predictions: Any) -> None:
+        """Adds one replica's slice; call it in the replica.
+
+        A loss that is not finite is counted and left out of the mean, and
+        the inputs are searched for what may have caused it.
+
+        Args:
+            batch: The slice.
+            loss: This replica's part of the mean over the global batch,
+                scalar float32.
+            predictions: What the model returned.
+        """
+        size = tf.cast(tf.shape(tf.nest.flatten(batch.x)[0])[0], tf.float32)
+        is_finite = tf.math.is_finite(loss)
+        mean_here = tf.math.divide_no_nan(loss * batch.global_size, size)
+        self._loss.update_state(
+            tf.where(is_finite, mean_here, 0.0),
+            sample_weight=tf.where(is_finite, size, 0.0),
+        )
+        tf.cond(is_finite, tf.no_op, lambda: self._record_bad(batch))
+        for key, metric in self._metrics:
+            metric.update_state(_pick(batch.y, key), _pick(predictions, key))
+
+    def _record_bad(self, batch: Batch) -> tf.Operation:
+        inputs = [
+            tf.reduce_all(tf.math.is_finite(leaf))
+            for leaf in tf.nest.flatten((batch.x, batch.y, batch.weight))
+            if leaf.dtype.is_floating
+        ]
+        is_bad = tf.logical_not(tf.reduce_all(inputs))
+        self._nonfinite_losses.update_state(1.0)
+        self._nonfinite_inputs.update_state(tf.cast(is_bad, tf.float32))
+        return tf.no_op()
+
+    def results(self) -> dict[str, tf.Tensor]:
+        """Reduced over replicas, by name; call it in cross-replica context."""
+        results = {"loss": self._loss.result()}
+        for key, metric in self._metrics:
+            value = metric.result()
+            if isinstance(value, dict):
+                results.update(value)
+            else:
+                results[_full_name(key, metric)] = value
+        return results
+
+    @property
+    def num_examples(self) -> float:
+        """Examples in the mean loss since `reset`; read it on the host."""
+        return float(tf.convert_to_tensor(self._loss.count))
+
+    def counts(self) -> dict[str, tf.Tensor]:
+        """Examples in the mean loss, and what was not finite, since `reset`.
+
+        Losses and inputs are counted by slice: a replica's part of a batch.
+        """
+        return {
+            "examples": tf.convert_to_tensor(self._loss.count),
+            **{
+                metric.name: metric.result()
+                for metric in (self._nonfinite_losses, self._nonfinite_inputs)
+            },
+        }
+
+
+def _resolved(
+    metrics: MetricsLike, loss: Any
+) -> Iterable[tuple[str | None, keras.metrics.Metric]]:
+    if isinstance(metrics, Mapping):
+        for key, several in metrics.items():
+            key_loss = loss.get(key) if isinstance(loss, Mapping) else loss
+            for metric in several:
+                yield key, _to_metric(metric, key_loss)
+        return
+    for metric in metrics or ():
+        yield None, _to_metric(metric, loss)
+
+
+def _to_metric(metric: MetricLike, loss: Any) -> keras.metrics.Metric:
+    if isinstance(metric, str) and metric.lower() in ("accuracy", "acc"):
+        return _accuracy_for(loss)(name=metric)
+    found = keras.metrics.get(metric)
+    if isinstance(found, type):
+        found = found()
+    if not isinstance(found, keras.metrics.Metric):
+        return keras.metrics.MeanMetricWrapper(found, name=found.__name__)
+    if isinstance(metric, str) or not tf.distribute.has_strategy():
+        return found
+    return type(found).from_config(found.get_config())
+
+
+def _accuracy_for(loss: Any) -> type[keras.metrics.Metric]:
+    name = getattr(loss, "name", None) or getattr(loss, "__name__", str(loss))
+    if "sparse" in name:
+        return keras.metrics.SparseCategoricalAccuracy
+    if "binary" in name or "hinge" in name:
+        return keras.metrics.BinaryAccuracy
+    if "categorical" in name:
+        return keras.metrics.CategoricalAccuracy
+    return keras.metrics.Accuracy
+
+
+def _pick(structure: Any, key: str | None) -> Any:
+    return structure if key is None else structure[key]
+
+
+def _full_name(key: str | None, metric: keras.metrics.Metric) -> str:
+    return metric.name if key is None else f"{key}_{metric.name}"

@@ -1,0 +1,620 @@
+"""The optimizers: reduce first, then judge, unscale, clip and apply.
+
+Keras clips, decays and tests for overflow on each replica's own gradients.
+Here the gradients are all-reduced first; from then on every replica holds the
+same numbers and updates its own copy of each variable with no further
+communication, so replicas cannot drift apart:
+
+    all-reduce -> (accumulate) -> one verdict on finiteness
+               -> unscale -> clip -> decay weights -> step -> average (EMA)
+               or -> skip, the same on every replica
+
+This is the one file that touches private names of Keras and TensorFlow
+(`_PRIVATE_NAMES` lists them with the reason; a test fails when one changes).
+"""
+
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dist_amp import precision as precision_lib
+from dist_amp import reduction
+from dist_amp.loss_scale import LossScaleRule
+
+_PRIVATE_NAMES = {
+    "keras 3.15, Optimizer": {
+        "_backend_apply_gradients": "clip, decay, step, EMA in Keras' order",
+        "_all_reduce_sum_gradients": "would reduce a second time",
+        "_overwrite_variable_with_gradient": "float8 variables, refused",
+        "_iterations": "counts attempts that were applied",
+        "_accumulated_gradients": "made by `build`",
+    },
+    "keras 3.15, Layer": {
+        "_flatten_layers": "layers at any depth, inside custom layers too",
+        "_non_trainable_variables": "a layer's own, made non-trainable",
+    },
+    "tensorflow 2.21, StrategyExtended": {
+        "_use_merge_call": "False: `update` touches this replica's copy only",
+    },
+}
+
+MAX_SKIPS_AT_FLOOR = 20
+
+
+@keras.saving.register_keras_serializable(package="dist_amp")
+class DistributedOptimizer(keras.optimizers.Optimizer):
+    """Wraps a Keras optimizer so that N replicas update as one device would.
+
+    Clipping, weight decay, gradient accumulation and EMA act on the
+    all-reduced gradient. Works in `model.compile` / `fit`, in a hand-written
+    loop (`apply` in a replica context) and in `dist_amp.Trainer`.
+
+    Args:
+        inner: The `keras.optimizers.Optimizer` to wrap. It belongs to the
+            wrapper from now on: do not apply it by itself.
+        name: Name of the wrapper's own variables.
+
+    Raises:
+        TypeError: `inner` is not an optimizer, or one that wraps others.
+
+    Example:
+
+    >>> optimizer = dist_amp.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    >>> weight = keras.Variable(1.0)
+    >>> optimizer.apply([tf.constant(2.0)], [weight])
+    >>> float(weight)
+    0.8
+    """
+
+    def __init__(
+        self, inner: keras.optimizers.Optimizer, *, name: str | None = None
+    ):
+        _check_can_wrap(inner)
+        # Explicit: a subclass may also derive from Keras' wrapper, whose
+        # __init__ takes other arguments.
+        keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
+        self.inner_optimizer = inner
+        self.gradient_accumulation_steps = inner.gradient_accumulation_steps
+        inner.gradient_accumulation_steps = None
+        inner.loss_scale_factor = None
+        inner._all_reduce_sum_gradients = _already_reduced
+        self._accumulates_locally: bool | None = None
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Creates all state; call it in the strategy's scope.
+
+        Args:
+            variables: The model's trainable variables.
+        """
+        if self.built:
+            return
+        refused = [
+            v.path for v in variables if self._overwrite_variable_with_gradient(v)
+        ]
+        if refused:
+            raise ValueError(
+                "Variables that Keras overwrites with their gradient (float8) "
+                f"cannot be all-reduced. Received {refused}."
+            )
+        self.inner_optimizer.build(variables)
+        keras.optimizers.Optimizer.build(self, variables)
+        if self.gradient_accumulation_steps:
+            self._micro_steps = self._counter("micro_steps", "int64")
+            self._accumulated_weight = self._counter(
+                "accumulated_weight", "float32"
+            )
+
+    def _counter(self, name: str, dtype: str) -> keras.Variable:
+        return self.add_variable((), dtype=dtype, name=name)
+
+    @property
+    def variables(self) -> list[keras.Variable]:
+        """State of the wrapper, then that of the inner optimizer."""
+        return self._variables + self.inner_optimizer.variables
+
+    @property
+    def learning_rate(self) -> Any:
+        """The inner optimizer's; may be assigned unless it is a schedule."""
+        return self.inner_optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate: Any) -> None:
+        self.inner_optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self) -> keras.Variable:
+        """Applied updates, scalar int64; schedules read this."""
+        return self.inner_optimizer.iterations
+
+    @property
+    def loss_scale(self) -> Any:
+        """1.0: this optimizer scales no loss."""
+        return 1.0
+
+    @property
+    def skipped_updates(self) -> Any:
+        """0: this optimizer skips no update."""
+        return 0
+
+    def finalize_variable_values(
+        self, var_list: Sequence[keras.Variable]
+    ) -> None:
+        """Replaces the weights by their moving average, if EMA is on."""
+        self.inner_optimizer.finalize_variable_values(var_list)
+
+    # --------------------------------------------------------------- update
+
+    def apply(
+        self,
+        grads: Sequence[reduction.Gradient | None],
+        trainable_variables: Sequence[keras.Variable] | None = None,
+        *,
+        weight: tf.Tensor | float = 1.0,
+    ) -> tf.Tensor:
+        """Reduces the gradients and updates the variables, or skips.
+
+        Call it in a replica context (or outside any strategy). With
+        `gradient_accumulation_steps=K` every K-th call updates.
+
+        Args:
+            grads: This replica's gradients of its part of the loss (already
+                multiplied by `scale_loss`); they are summed over replicas.
+                `None` for a variable that the loss does not depend on.
+            trainable_variables: The variables, in the same order; those given
+                to `build` by default.
+            weight: Weight of this micro-step in the mean over the accumulated
+                ones, equal on every replica (say, its number of examples);
+                without accumulation it has no effect.
+
+        Returns:
+            Scalar bool: False if this call skipped an update, else True.
+
+        Raises:
+            ValueError: No variable has a gradient, or one is unknown.
+        """
+        gradients, variables = self._pair(grads, trainable_variables)
+        if not self.gradient_accumulation_steps:
+            return self._attempt(reduction.all_reduce_sum(gradients), variables)
+        if self._accumulates_locally is True:
+            self._accumulate(gradients, variables, weight)
+            return tf.constant(True)
+        if self._accumulates_locally is False:
+            self._accumulate(gradients, variables, weight)
+            return self._attempt_accumulated(variables, is_reduced=False)
+        self._accumulate(
+            reduction.all_reduce_sum(gradients), variables, weight
+        )
+        return tf.cond(
+            self._micro_steps >= self.gradient_accumulation_steps,
+            lambda: self._attempt_accumulated(variables, is_reduced=True),
+            lambda: tf.constant(True),
+        )
+
+    @contextlib.contextmanager
+    def accumulation(self, *, is_last: bool) -> Iterator[None]:
+        """For a loop that knows which micro-step is the last of an update.
+
+        In the context `apply` keeps the gradients of all but the last
+        micro-step on their replica, and reduces once an update.
+        """
+        before = self._accumulates_locally
+        self._accumulates_locally = not is_last
+        try:
+            yield
+        finally:
+            self._accumulates_locally = before
+
+    def _pair(
+        self,
+        grads: Sequence[reduction.Gradient | None],
+        trainable_variables: Iterable[keras.Variable] | None,
+    ) -> tuple[list[reduction.Gradient], list[keras.Variable]]:
+        """Drops variables that have no gradient; builds on the first call."""
+        variables = list(trainable_variables or self._trainable_variables)
+        if len(grads) != len(variables):
+            raise ValueError(
+                "`grads` must hold one gradient for each variable. Received "
+                f"{len(grads)} gradients and {len(variables)} variables."
+            )
+        self.build(variables)
+        self._check_variables_are_known(variables)
+        return self._filter_empty_gradients(grads, variables)
+
+    def _accumulate(
+        self,
+        gradients: Sequence[reduction.Gradient],
+        variables: Sequence[keras.Variable],
+        weight: tf.Tensor | float,
+    ) -> None:
+        for gradient, accumulator in zip(
+            gradients, self._accumulators(variables), strict=True
+        ):
+            weighted = reduction.divide(gradient, 1.0 / weight)
+            self.assign_add(accumulator, weighted)
+        self.assign_add(self._accumulated_weight, weight)
+        self.assign_add(self._micro_steps, 1)
+
+    def _attempt_accumulated(
+        self, variables: Sequence[keras.Variable], *, is_reduced: bool
+    ) -> tf.Tensor:
+        """Updates with the weighted mean of the accumulated gradients."""
+        accumulators = self._accumulators(variables)
+        total = tf.convert_to_tensor(self._accumulated_weight)
+        means = [
+            tf.math.divide_no_nan(tf.convert_to_tensor(a), total)
+            for a in accumulators
+        ]
+        if not is_reduced:
+            means = reduction.all_reduce_sum(means)
+        applied = self._attempt(means, variables)
+        with tf.control_dependencies([applied]):
+            for state in (
+                *accumulators,
+                self._accumulated_weight,
+                self._micro_steps,
+            ):
+                self.assign(state, tf.zeros(state.shape, state.dtype))
+        return applied
+
+    def _accumulators(
+        self, variables: Sequence[keras.Variable]
+    ) -> list[keras.Variable]:
+        return [
+            self._accumulated_gradients[self._get_variable_index(v)]
+            for v in variables
+        ]
+
+    def _attempt(
+        self,
+        gradients: Sequence[reduction.Gradient],
+        variables: Sequence[keras.Variable],
+    ) -> tf.Tensor:
+        """One update with reduced gradients; LossScaleOptimizer may skip."""
+        self._update(gradients, variables)
+        return tf.constant(True)
+
+    def _update(
+        self,
+        gradients: Sequence[reduction.Gradient],
+        variables: Sequence[keras.Variable],
+    ) -> None:
+        """Clips, decays, steps and averages this replica's copies."""
+        inner = self.inner_optimizer
+        strategy = tf.distribute.get_strategy()
+        with _replica_local(strategy):
+            inner._backend_apply_gradients(gradients, variables)
+            for variable in variables:
+                if variable.constraint is not None:
+                    variable.assign(variable.constraint(variable))
+            strategy.extended.update(
+                inner._iterations.value, lambda counter: counter.assign_add(1)
+            )
+
+    # -------------------------------------------------------------- saving
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras configuration; the inner optimizer's is nested in it."""
+        inner = self.inner_optimizer
+        with _attribute(
+            inner, "gradient_accumulation_steps", self.gradient_accumulation_steps
+        ):
+            serialized = keras.saving.serialize_keras_object(inner)
+        return {"name": self.name, "inner": serialized}
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict | None = None
+    ) -> "DistributedOptimizer":
+        """The reverse of `get_config`."""
+        config = dict(config)
+        inner = keras.saving.deserialize_keras_object(
+            config.pop("inner"), custom_objects=custom_objects
+        )
+        return cls(inner, **config)
+
+
+@keras.saving.register_keras_serializable(package="dist_amp")
+class LossScaleOptimizer(
+    DistributedOptimizer, keras.optimizers.LossScaleOptimizer
+):
+    """Loss scaling that is right on any number of replicas.
+
+    The verdict on overflow is taken on the all-reduced gradients, so every
+    replica applies or skips the same update. The scale follows
+    `dist_amp.loss_scale.LossScaleRule`.
+
+    A subclass of `keras.optimizers.LossScaleOptimizer`, so that
+    `model.compile` under mixed_float16 takes it as it is.
+
+    Args:
+        inner: The `keras.optimizers.Optimizer` to wrap.
+        initial_scale: First loss scale.
+        growth_interval: Finite updates in a row until the scale grows.
+        growth_factor: What the scale grows by.
+        backoff_factor: What the scale is multiplied by after an overflow.
+        min_scale: The floor. After 20 skipped updates in a row at the floor
+            `apply` raises `tf.errors.InvalidArgumentError`, naming the
+            variables whose gradients are not finite.
+        max_scale: The ceiling. Equal to `min_scale` and `initial_scale`: the
+            scale is fixed.
+        name: Name of the wrapper's own variables.
+
+    Raises:
+        ValueError: A number is out of range; the message says which.
+
+    Example:
+
+    >>> optimizer = dist_amp.LossScaleOptimizer(
+    ...     keras.optimizers.SGD(0.1), initial_scale=8.0)
+    >>> weight = keras.Variable(1.0)
+    >>> optimizer.build([weight])
+    >>> float(optimizer.scale_loss(tf.constant(2.0)))
+    16.0
+    >>> bool(optimizer.apply([tf.constant(float("inf"))], [weight]))
+    False
+    >>> float(optimizer.loss_scale), float(weight)
+    (4.0, 1.0)
+    """
+
+    def __init__(
+        self,
+        inner: keras.optimizers.Optimizer,
+        *,
+        initial_scale: float = 2.0**15,
+        growth_interval: int = 2000,
+        growth_factor: float = 2.0,
+        backoff_factor: float = 0.5,
+        min_scale: float = 2.0**-14,
+        max_scale: float = 2.0**24,
+        name: str | None = None,
+    ):
+        rule = LossScaleRule(
+            growth_interval=growth_interval,
+            growth_factor=growth_factor,
+            backoff_factor=backoff_factor,
+            min_scale=min_scale,
+            max_scale=max_scale,
+        )
+        if not min_scale <= initial_scale <= max_scale:
+            raise ValueError(
+                "`initial_scale` must be between `min_scale` and `max_scale`. "
+                f"Received {initial_scale:g} with {min_scale:g} and "
+                f"{max_scale:g}."
+            )
+        super().__init__(inner, name=name)
+        self.rule = rule
+        self.initial_scale = initial_scale
+        # Keras reads this name; ours is `growth_interval`.
+        self.dynamic_growth_steps = growth_interval
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        """Creates all state; call it in the strategy's scope."""
+        if self.built:
+            return
+        self.dynamic_scale = self.add_variable(
+            (),
+            initializer=keras.initializers.Constant(self.initial_scale),
+            dtype="float32",
+            name="loss_scale",
+        )
+        self.step_counter = self._counter("good_steps", "int64")
+        self._skipped_updates = self._counter("skipped_updates", "int64")
+        self._skips_at_floor = self._counter("skips_at_floor", "int64")
+        super().build(variables)
+
+    @property
+    def loss_scale(self) -> Any:
+        """The current loss scale, scalar float32."""
+        return self.dynamic_scale if self.built else self.initial_scale
+
+    @property
+    def skipped_updates(self) -> Any:
+        """Updates skipped since the start, scalar int64."""
+        return self._skipped_updates if self.built else 0
+
+    def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
+        """`loss * loss_scale`, to be differentiated."""
+        return loss * tf.cast(self.loss_scale, loss.dtype)
+
+    def _attempt(
+        self,
+        gradients: Sequence[reduction.Gradient],
+        variables: Sequence[keras.Variable],
+    ) -> tf.Tensor:
+        finite = reduction.is_all_finite(gradients)
+        scale = tf.convert_to_tensor(self.dynamic_scale)
+
+        def update() -> tf.Tensor:
+            unscaled = [reduction.divide(g, scale) for g in gradients]
+            self._update(unscaled, variables)
+            self.assign(self._skips_at_floor, 0)
+            return tf.constant(True)
+
+        def skip() -> tf.Tensor:
+            self._count_skip(scale, gradients, variables)
+            return tf.constant(False)
+
+        applied = tf.cond(finite, update, skip)
+        next_scale, good_steps = self.rule.next_state(
+            scale, self.step_counter, finite
+        )
+        self.assign(self.dynamic_scale, next_scale)
+        self.assign(self.step_counter, good_steps)
+        return applied
+
+    def _count_skip(
+        self,
+        scale: tf.Tensor,
+        gradients: Sequence[reduction.Gradient],
+        variables: Sequence[keras.Variable],
+    ) -> None:
+        """Counts the skip; stops the run when the floor does not help."""
+        self.assign_add(self._skipped_updates, 1)
+        is_at_floor = tf.cast(scale <= self.rule.min_scale, tf.int64)
+        self.assign_add(self._skips_at_floor, is_at_floor)
+        names = tf.constant([variable.path for variable in variables])
+        overflowed = tf.logical_not(reduction.finite_flags(gradients))
+        tf.debugging.Assert(
+            self._skips_at_floor < MAX_SKIPS_AT_FLOOR,
+            [
+                f"{MAX_SKIPS_AT_FLOOR} updates in a row were skipped with the "
+                f"loss scale at its floor ({self.rule.min_scale:g}). "
+                "Gradients that are not finite:",
+                tf.strings.reduce_join(
+                    tf.boolean_mask(names, overflowed), separator=", "
+                ),
+            ],
+        )
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras configuration; the inner optimizer's is nested in it."""
+        rule = self.rule
+        return {
+            **super().get_config(),
+            "initial_scale": self.initial_scale,
+            "growth_interval": rule.growth_interval,
+            "growth_factor": rule.growth_factor,
+            "backoff_factor": rule.backoff_factor,
+            "min_scale": rule.min_scale,
+            "max_scale": rule.max_scale,
+        }
+
+
+def wrap_optimizer(
+    optimizer: keras.optimizers.Optimizer,
+    *,
+    loss_scale: str | float | None = "auto",
+    **loss_scale_options: Any,
+) -> DistributedOptimizer:
+    """Makes a Keras optimizer right for the current precision and strategy.
+
+    Args:
+        optimizer: Any Keras optimizer; one that is wrapped already is
+            returned as it is.
+        loss_scale: "auto" scales the loss dynamically where the precision of
+            the surrounding `dist_amp.scope` computes in float16 and not at
+            all elsewhere; "dynamic" and a positive number (a fixed scale)
+            force it; None forbids it.
+        **loss_scale_options: Further arguments of `LossScaleOptimizer`.
+
+    Returns:
+        A `LossScaleOptimizer`, or a `DistributedOptimizer` where there is no
+        loss scale.
+
+    Raises:
+        ValueError: `loss_scale` is none of these, or options were given that
+            would be ignored.
+
+    Example:
+
+    >>> with dist_amp.scope(dist_amp.make_strategy(), "mixed_float16"):
+    ...     optimizer = dist_amp.wrap_optimizer(keras.optimizers.Adam(1e-3))
+    >>> type(optimizer).__name__
+    'LossScaleOptimizer'
+    """
+    if isinstance(optimizer, DistributedOptimizer):
+        return optimizer
+    if loss_scale == "auto":
+        is_needed = precision_lib.current().needs_loss_scale
+        loss_scale = "dynamic" if is_needed else None
+    if loss_scale is None:
+        if loss_scale_options:
+            raise ValueError(
+                f"{sorted(loss_scale_options)} would be ignored: there is no "
+                "loss scale in this precision. Pass `loss_scale='dynamic'` "
+                "to have one all the same (--loss_scale=dynamic)."
+            )
+        return DistributedOptimizer(optimizer)
+    if loss_scale == "dynamic":
+        return LossScaleOptimizer(optimizer, **loss_scale_options)
+    return LossScaleOptimizer(
+        optimizer, **_fixed(loss_scale), **loss_scale_options
+    )
+
+
+def computes_in_float16(model: keras.Model) -> bool:
+    """Whether any layer, at any depth, computes in float16."""
+    return any(
+        layer.compute_dtype == "float16" for layer in model._flatten_layers()
+    )
+
+
+def moving_statistics(model: keras.Model) -> list[keras.Variable]:
+    """Floats that a layer in training mode may assign, like batch norm's.
+
+    They are what trainable layers made as non-trainable variables; the
+    weights of a frozen layer are none of them.
+    """
+    found = {
+        id(variable): variable
+        for layer in model._flatten_layers()
+        if layer.trainable
+        for variable in layer._non_trainable_variables
+        if "float" in variable.dtype
+    }
+    return list(found.values())
+
+
+def _fixed(loss_scale: str | float) -> dict[str, float]:
+    if isinstance(loss_scale, str) or not loss_scale > 0:
+        raise ValueError(
+            '`loss_scale` must be "auto", "dynamic", None or a positive '
+            f"number. Received {loss_scale!r}."
+        )
+    return dict.fromkeys(
+        ("initial_scale", "min_scale", "max_scale"), float(loss_scale)
+    )
+
+
+def _check_can_wrap(inner: keras.optimizers.Optimizer) -> None:
+    if not isinstance(inner, keras.optimizers.Optimizer):
+        raise TypeError(
+            "`inner` must be a keras.optimizers.Optimizer. Received "
+            f"{inner!r} of type {type(inner).__name__}."
+        )
+    if isinstance(
+        inner, (DistributedOptimizer, keras.optimizers.LossScaleOptimizer)
+    ) or hasattr(inner, "optimizers"):
+        raise TypeError(
+            "`inner` must not wrap other optimizers. Received "
+            f"{type(inner).__name__}; pass the optimizer inside it."
+        )
+
+
+def _already_reduced(pairs: Iterable[Any]) -> list[Any]:
+    return list(pairs)
+
+
+@contextlib.contextmanager
+def _replica_local(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Each replica updates its own copy; there is nothing left to merge.
+
+    TensorFlow has this mode for XLA on GPUs. Replicas are traced one after
+    another and never change places inside the context, since only a merge
+    call would let them.
+    """
+    if strategy.num_replicas_in_sync == 1 or isinstance(
+        strategy, tf.distribute.TPUStrategy
+    ):
+        yield
+        return
+    with _attribute(strategy.extended, "_use_merge_call", lambda: False):
+        yield
+
+
+@contextlib.contextmanager
+def _attribute(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute of one object for the length of a context."""
+    missing = object()
+    before = vars(owner).get(name, missing)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        if before is missing:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, before)

@@ -1,0 +1,325 @@
+"""One replica's train step and test step, and the compiled loop around them.
+
+`Steps.train_step` is the heart of the library: read it first.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dist_amp import reduction
+from dist_amp.data import Batch
+from dist_amp.metrics import MetricSet, MetricsLike
+from dist_amp.optimizer import DistributedOptimizer, moving_statistics
+
+
+class Steps:
+    """A model, its optimizer, loss and metrics, and what is done with them.
+
+    Args:
+        model: Built, in the scope of `strategy`.
+        optimizer: Wrapped, in the same scope.
+        loss: See `Trainer`.
+        metrics: See `Trainer`.
+        strategy: The strategy of the scope.
+        jit_compile: Whether XLA compiles the forward and backward pass.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        optimizer: DistributedOptimizer,
+        *,
+        loss: Any,
+        metrics: MetricsLike,
+        strategy: tf.distribute.Strategy,
+        jit_compile: bool,
+    ):
+        self.model = model
+        self.optimizer = optimizer
+        self.loss = _resolve_loss(loss)
+        self.strategy = strategy
+        with strategy.scope():
+            self.metrics = MetricSet(metrics, loss=self.loss)
+        # Only for XLA: a nested function would forbid layers that talk to
+        # other replicas, like synchronized batch norm.
+        self._gradients = (
+            tf.function(self.compute_gradients, jit_compile=True)
+            if jit_compile
+            else self.compute_gradients
+        )
+
+    # ---------------------------------------------------- in each replica
+
+    def train_step(self, batch: Batch) -> None:
+        """Forward, backward, one update; runs in a replica.
+
+        Override it as you would `keras.Model.train_step`. The optimizer's
+        `apply` sums the gradients over the replicas, so differentiate this
+        replica's part of the loss: weighted sums with `batch.weight`.
+
+        Args:
+            batch: This replica's slice of the global batch.
+        """
+        loss, predictions, gradients = self._gradients(batch)
+        self.optimizer.apply(
+            gradients,
+            self.model.trainable_variables,
+            weight=batch.global_size,
+        )
+        self.average_moving_statistics(batch)
+        self.metrics.update(batch, loss, predictions)
+
+    def test_step(self, batch: Batch) -> None:
+        """Forward in inference mode and metrics; runs in a replica.
+
+        Args:
+            batch: This replica's slice of the global batch.
+        """
+        predictions = self.model(batch.x, training=False)
+        loss = self.compute_loss(batch, predictions)
+        self.metrics.update(batch, loss, predictions)
+
+    def compute_gradients(
+        self, batch: Batch
+    ) -> tuple[tf.Tensor, Any, list[Any]]:
+        """Loss, predictions and the gradients of the scaled loss."""
+        with tf.GradientTape() as tape:
+            predictions = self.model(batch.x, training=True)
+            loss = self.compute_loss(batch, predictions)
+            scaled_loss = self.optimizer.scale_loss(loss)
+        gradients = tape.gradient(scaled_loss, self.model.trainable_variables)
+        return loss, predictions, _zero_if_empty(gradients, batch)
+
+    def compute_loss(self, batch: Batch, predictions: Any) -> tf.Tensor:
+        """This replica's part of the loss of the global batch.
+
+        Args:
+            batch: This replica's slice.
+            predictions: What the model returned, any float dtype.
+
+        Returns:
+            Scalar float32; summed over replicas it is the loss that one
+            device would compute, regularization included.
+        """
+        losses = [
+            _weighted_sum(loss, y, prediction, batch)
+            for loss, y, prediction in _matched(
+                self.loss, batch.y, predictions
+            )
+        ]
+        share = _num_rows(batch) / batch.global_size
+        losses += [
+            tf.cast(extra, tf.float32) * share for extra in self.model.losses
+        ]
+        if not losses:
+            raise ValueError(
+                "There is nothing to minimize: `loss` is None and the model "
+                "adds no loss (`add_loss`)."
+            )
+        return tf.add_n(losses)
+
+    def average_moving_statistics(self, batch: Batch) -> None:
+        """Makes batch-norm statistics equal on all replicas: their mean.
+
+        The mean is over the replicas that had an example.
+        """
+        context = tf.distribute.get_replica_context()
+        variables = moving_statistics(self.model)
+        if context.num_replicas_in_sync == 1 or not variables:
+            return
+        has_examples = tf.cast(_num_rows(batch) > 0, tf.float32)
+        # Statistics of no example are NaN; NaN * 0 must be 0 here.
+        totals = context.all_reduce(
+            tf.distribute.ReduceOp.SUM,
+            [has_examples]
+            + [
+                tf.math.multiply_no_nan(
+                    tf.cast(variable, tf.float32), has_examples
+                )
+                for variable in variables
+            ],
+        )
+        for variable, total in zip(variables, totals[1:], strict=True):
+            mean = tf.cast(total / totals[0], variable.dtype)
+            variable.assign(mean)
+
+    # ------------------------------------------------------ on the host
+
+    def make_train_loop(self) -> Callable[..., dict[str, tf.Tensor]]:
+        """Compiles `loop(iterator, num_steps, num_micro_steps) -> logs`.
+
+        Each step takes `num_micro_steps` elements of the iterator; both
+        numbers are tensors, so one trace serves all lengths.
+        """
+        accumulates = bool(self.optimizer.gradient_accumulation_steps)
+
+        def micro_step(iterator: Any, *, is_last: bool) -> None:
+            with self.optimizer.accumulation(is_last=is_last):
+                self._run(self.train_step, iterator)
+
+        @tf.function
+        def train_loop(
+            iterator: Any, num_steps: tf.Tensor, num_micro_steps: tf.Tensor
+        ) -> dict[str, tf.Tensor]:
+            for _ in tf.range(num_steps):
+                if accumulates:
+                    for _ in tf.range(num_micro_steps - 1):
+                        micro_step(iterator, is_last=False)
+                micro_step(iterator, is_last=True)
+            return self.read_train_logs()
+
+        return train_loop
+
+    def make_test_loop(self) -> Callable[..., dict[str, tf.Tensor]]:
+        """Compiles `loop(iterator, num_steps) -> logs`."""
+
+        @tf.function
+        def test_loop(
+            iterator: Any, num_steps: tf.Tensor
+        ) -> dict[str, tf.Tensor]:
+            for _ in tf.range(num_steps):
+                self._run(self.test_step, iterator)
+            return self.metrics.results()
+
+        return test_loop
+
+    def _run(self, step: Callable[[Batch], None], iterator: Any) -> None:
+        """Takes one element and runs a step on each replica's slice."""
+        slices = next(iterator)
+        if len(slices) == 1:
+            self.strategy.run(step, args=(slices[0],))
+            return
+        local = iter(slices)
+        self.strategy.run(
+            step,
+            args=(
+                self.strategy.experimental_distribute_values_from_function(
+                    lambda context: next(local)
+                ),
+            ),
+        )
+
+    def read_train_logs(self) -> dict[str, tf.Tensor]:
+        """Metrics, and the optimizer's numbers; in cross-replica context."""
+        optimizer = self.optimizer
+        return {
+            **self.metrics.results(),
+            **self.metrics.counts(),
+            "loss_scale": tf.convert_to_tensor(optimizer.loss_scale),
+            "skipped_updates": tf.convert_to_tensor(optimizer.skipped_updates),
+            "learning_rate": tf.convert_to_tensor(optimizer.learning_rate),
+        }
+
+
+def spread_seeds(
+    model: keras.Model,
+    strategy: tf.distribute.Strategy,
+    first_replica: int = 0,
+) -> None:
+    """Gives each replica random layers of its own, derived from replica 0's.
+
+    Keras starts the seed of a random layer with the same value on each
+    replica. Replica `r` gets `seed + r * 0x9E3779B9` modulo 2**32 (a Weyl
+    sequence: no two replicas meet); the counter beside it is left alone.
+    Checkpoints hold replica 0's, so calling this after a restore gives every
+    replica what it had.
+
+    Args:
+        model: Its seeds hold replica 0's value on every replica.
+        strategy: The strategy of the model.
+        first_replica: Index of this host's first replica.
+    """
+    for variable in model.variables:
+        if variable.name != "seed_generator_state":
+            continue
+        copies = strategy.experimental_local_results(variable.value)
+        seed, counter = (int(number) for number in copies[0].numpy())
+        for replica, copy in enumerate(copies, first_replica):
+            folded = (seed + replica * 0x9E3779B9) % 2**32
+            copy.assign(tf.constant([folded, counter], copy.dtype))
+
+
+def _resolve_loss(loss: Any) -> Any:
+    if isinstance(loss, str):
+        return keras.losses.get(loss)
+    if isinstance(loss, dict):
+        return {key: _resolve_loss(value) for key, value in loss.items()}
+    if isinstance(loss, list | tuple):
+        return [_resolve_loss(value) for value in loss]
+    return loss
+
+
+def _matched(loss: Any, y: Any, predictions: Any) -> list[tuple]:
+    """Triples of one loss, its targets and its predictions."""
+    if loss is None:
+        return []
+    if isinstance(loss, dict):
+        return [(loss[key], y[key], predictions[key]) for key in loss]
+    if isinstance(loss, list):
+        return list(zip(loss, y, predictions, strict=True))
+    return [(loss, y, predictions)]
+
+
+def _weighted_sum(
+    loss: Any, y: Any, prediction: tf.Tensor, batch: Batch
+) -> tf.Tensor:
+    """Sum over the slice of loss times weight, in float32."""
+    per_example = loss.call if isinstance(loss, keras.losses.Loss) else loss
+    mask = getattr(prediction, "_keras_mask", None)
+    values = per_example(y, tf.cast(prediction, tf.float32))
+    values = tf.cast(values, tf.float32)
+    if values.shape.rank == 0:
+        raise ValueError(
+            "`loss` must return one value for each example, or more. "
+            f"Received a scalar from {loss}; leave the mean to the trainer, "
+            "which takes it over the global batch."
+        )
+    factor = 1.0
+    if mask is not None:
+        mask = tf.broadcast_to(tf.cast(mask, tf.float32), tf.shape(values))
+        factor = _inverse_valid_share(mask, batch)
+        values *= mask
+    weight = batch.weight
+    if weight.shape.rank < values.shape.rank:
+        values = _mean_over_elements(values, keep=weight.shape.rank)
+    elements_per_example = tf.reduce_prod(tf.shape(weight)[1:])
+    total = tf.reduce_sum(values * weight)
+    return factor * total / tf.cast(elements_per_example, tf.float32)
+
+
+def _mean_over_elements(values: tf.Tensor, keep: int) -> tf.Tensor:
+    """Means over the axes from `keep` on: tokens, pixels."""
+    return tf.reduce_mean(values, axis=list(range(keep, values.shape.rank)))
+
+
+def _inverse_valid_share(mask: tf.Tensor, batch: Batch) -> tf.Tensor:
+    """Keras takes the mean over the elements that its mask leaves."""
+    share = tf.reduce_sum(_mean_over_elements(mask, keep=1))
+    context = tf.distribute.get_replica_context()
+    total = context.all_reduce(
+        tf.distribute.ReduceOp.SUM, share / batch.global_size
+    )
+    return tf.math.divide_no_nan(1.0, total)
+
+
+def _num_rows(batch: Batch) -> tf.Tensor:
+    return tf.cast(tf.shape(batch.weight)[0], tf.float32)
+
+
+def _zero_if_empty(gradients: list[Any], batch: Batch) -> list[Any]:
+    """No example, no gradient: a mean over nothing may have made it NaN."""
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    if replicas == 1 or batch.weight.shape[0] is not None:
+        return gradients
+    present = [gradient for gradient in gradients if gradient is not None]
+    guarded = iter(
+        tf.cond(
+            _num_rows(batch) > 0,
+            lambda: present,
+            lambda: [reduction.zeros_like(gradient) for gradient in present],
+        )
+    )
+    return [None if g is None else next(guarded) for g in gradients]

@@ -1,0 +1,259 @@
+"""The one place that builds a `tf.distribute.Strategy`."""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from dist_amp import cluster as cluster_lib
+
+KINDS = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
+ALL_REDUCES = ("auto", "nccl", "ring", "hierarchical_copy", "one_device")
+
+
+def make_strategy(
+    kind: str = "auto",
+    *,
+    devices: Sequence[str] | None = None,
+    all_reduce: str = "auto",
+    cluster: cluster_lib.ClusterSpec | None = None,
+    tpu: str | None = None,
+) -> tf.distribute.Strategy:
+    """Picks and builds the strategy for the devices at hand.
+
+    Args:
+        kind: "one_device", "mirrored" (several devices of this host),
+            "multi_worker", "tpu", or "auto": see `choose`.
+        devices: Devices of this host to use, say `["GPU:0", "GPU:1"]` or
+            `["CPU:0", "CPU:1"]`; by default every GPU, else CPU 0.
+        all_reduce: How gradients travel: "nccl", "ring" (gRPC),
+            "hierarchical_copy", "one_device" (sum on one device, copy back),
+            or "auto": what TensorFlow prefers on GPUs, "one_device" on CPUs.
+        cluster: The workers of the job; read from `TF_CONFIG` by default.
+        tpu: Name or `grpc://` address of a Cloud TPU, or "local" on a TPU VM.
+
+    Returns:
+        The strategy; build the model in its scope (`dist_amp.scope`).
+
+    Raises:
+        ValueError: An argument is unknown, contradicts another, or names
+            devices that this host does not have. Never falls back to a CPU.
+
+    Example:
+
+    >>> strategy = dist_amp.make_strategy("one_device")
+    >>> strategy.num_replicas_in_sync
+    1
+    """
+    _check_arguments(kind, devices, all_reduce, tpu)
+    if cluster is None and kind in ("auto", "multi_worker"):
+        cluster = cluster_lib.from_environment()
+    found = _find(devices) if kind != "tpu" else []
+    kind, _ = choose(kind, devices=found, cluster=cluster, tpu=tpu)
+    if kind == "tpu":
+        return _tpu_strategy(tpu or "local")
+    if kind == "multi_worker":
+        return _multi_worker_strategy(all_reduce, cluster)
+    if kind == "one_device":
+        return _one_device_strategy(found, all_reduce)
+    return tf.distribute.MirroredStrategy(
+        found, cross_device_ops=_cross_device_ops(all_reduce, found)
+    )
+
+
+def choose(
+    kind: str,
+    *,
+    devices: Sequence[str],
+    cluster: cluster_lib.ClusterSpec | None = None,
+    tpu: str | None = None,
+) -> tuple[str, str]:
+    """Resolves "auto" to a kind of strategy and says why.
+
+    Args:
+        kind: One of `KINDS`.
+        devices: The devices that were asked for or found.
+        cluster: The workers of the job, if it has several.
+        tpu: The TPU that was named, if any.
+
+    Returns:
+        `(kind, reason)`, where kind is not "auto".
+    """
+    if kind != "auto":
+        return kind, "asked for"
+    if tpu:
+        return "tpu", f"a TPU was named ({tpu})"
+    if cluster:
+        return "multi_worker", (
+            f"{cluster.source} lists {cluster.num_workers} workers"
+        )
+    if len(devices) > 1:
+        return "mirrored", f"{len(devices)} devices"
+    return "one_device", f"one device ({devices[0]})"
+
+
+def find_devices(devices: Sequence[str] | None = None) -> list[str]:
+    """The devices that `make_strategy` would use, as "GPU:0" and the like.
+
+    Args:
+        devices: As in `make_strategy`.
+
+    Raises:
+        ValueError: A device that was asked for is missing.
+    """
+    return _find(devices)
+
+
+def use_logical_cpus(number: int) -> None:
+    """Splits the CPU into logical devices "CPU:0", "CPU:1" and so on.
+
+    For trying several replicas on one machine. Call it before TensorFlow has
+    touched a device.
+
+    Args:
+        number: How many, at least 1.
+
+    Raises:
+        RuntimeError: TensorFlow has initialized its devices already.
+    """
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * number
+    )
+
+
+def _check_arguments(
+    kind: str,
+    devices: Sequence[str] | None,
+    all_reduce: str,
+    tpu: str | None,
+) -> None:
+    for name, value, accepted in (
+        ("kind", kind, KINDS),
+        ("all_reduce", all_reduce, ALL_REDUCES),
+    ):
+        if value not in accepted:
+            raise ValueError(
+                f"`{name}` must be one of {', '.join(accepted)}. "
+                f"Received {value!r}."
+            )
+    if tpu and kind not in ("auto", "tpu"):
+        raise ValueError(
+            f"`tpu` needs `kind='tpu'`. Received tpu={tpu!r} with "
+            f"kind={kind!r} (--strategy=tpu)."
+        )
+    if devices is not None and (kind == "tpu" or tpu):
+        raise ValueError(
+            "`devices` cannot be chosen on a TPU: all its cores are used. "
+            f"Received {list(devices)} (--devices)."
+        )
+    if kind == "one_device" and devices is not None and len(devices) != 1:
+        raise ValueError(
+            "`kind='one_device'` takes one device. Received "
+            f"{list(devices)}; pass kind='mirrored' (--strategy=mirrored)."
+        )
+
+
+def _find(devices: Sequence[str] | None) -> list[str]:
+    gpus = _names("GPU")
+    if devices is None:
+        return gpus or _names("CPU")[:1]
+    available = gpus + _names("CPU")
+    canonical = [_canonical(device) for device in devices]
+    missing = [d for d in canonical if d not in available]
+    if missing or not canonical:
+        raise ValueError(
+            f"`devices` must be devices of this host: {available}. Received "
+            f"{list(devices)} (--devices, --num_logical_cpus)."
+        )
+    if len(set(canonical)) != len(canonical):
+        raise ValueError(
+            f"`devices` must differ. Received {list(devices)} (--devices)."
+        )
+    return canonical
+
+
+def _names(kind: str) -> list[str]:
+    return [
+        _canonical(device.name)
+        for device in tf.config.list_logical_devices(kind)
+    ]
+
+
+def _canonical(device: str) -> str:
+    """ "/device:GPU:0", "gpu:0" and "GPU:0" are all "GPU:0"."""
+    return ":".join(device.upper().split(":")[-2:]).lstrip("/")
+
+
+def _one_device_strategy(
+    devices: Sequence[str], all_reduce: str
+) -> tf.distribute.Strategy:
+    if all_reduce != "auto":
+        raise ValueError(
+            f"`all_reduce={all_reduce}` would be ignored on one device; "
+            "leave it at 'auto' (--all_reduce)."
+        )
+    return tf.distribute.OneDeviceStrategy(devices[0])
+
+
+def _multi_worker_strategy(
+    all_reduce: str, cluster: cluster_lib.ClusterSpec | None
+) -> tf.distribute.Strategy:
+    if cluster is None:
+        raise ValueError(
+            "`kind='multi_worker'` needs the list of workers: set TF_CONFIG "
+            "on each host."
+        )
+    names = {"auto": "AUTO", "nccl": "NCCL", "ring": "RING"}
+    if all_reduce not in names:
+        raise ValueError(
+            "`all_reduce` must be auto, nccl or ring with several workers. "
+            f"Received {all_reduce!r} (--all_reduce)."
+        )
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=getattr(
+            tf.distribute.experimental.CommunicationImplementation,
+            names[all_reduce],
+        )
+    )
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": list(cluster.workers)}),
+        task_type="worker",
+        task_id=cluster.task_index,
+        rpc_layer="grpc",
+    )
+    return tf.distribute.MultiWorkerMirroredStrategy(
+        cluster_resolver=resolver, communication_options=options
+    )
+
+
+def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
+    if tpu != "local":
+        tf.config.experimental_connect_to_cluster(resolver)
+    tf.tpu.experimental.initialize_tpu_system(resolver)
+    return tf.distribute.TPUStrategy(resolver)
+
+
+def _cross_device_ops(
+    all_reduce: str, devices: Sequence[str]
+) -> tf.distribute.CrossDeviceOps | None:
+    if all_reduce == "auto":
+        # TensorFlow's default on CPUs, collectives, aborts the process when
+        # a second strategy has another number of replicas.
+        on_cpu = devices[0].startswith("CPU")
+        return tf.distribute.ReductionToOneDevice() if on_cpu else None
+    if all_reduce == "ring":
+        raise ValueError(
+            "`all_reduce=ring` is for several workers; on one host pass "
+            "nccl, hierarchical_copy or one_device (--all_reduce)."
+        )
+    if all_reduce == "nccl" and devices[0].startswith("CPU"):
+        raise ValueError(
+            "`all_reduce=nccl` needs GPUs. Received devices "
+            f"{list(devices)}; pass one_device (--all_reduce)."
+        )
+    return {
+        "nccl": tf.distribute.NcclAllReduce,
+        "hierarchical_copy": tf.distribute.HierarchicalCopyAllReduce,
+        "one_device": tf.distribute.ReductionToOneDevice,
+    }[all_reduce]()

@@ -1,0 +1,539 @@
+"""Trainer: the outer loop over epochs, evaluations, callbacks, checkpoints."""
+
+import contextlib
+import logging
+import math
+import pathlib
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from dist_amp import data
+from dist_amp import optimizer as optimizer_lib
+from dist_amp.callbacks import Progress
+from dist_amp.checkpoint import Checkpointer
+from dist_amp.metrics import MetricsLike
+from dist_amp.steps import Steps, spread_seeds
+
+_log = logging.getLogger(__name__)
+
+# A compiled call this long makes the host's part of it negligible, and still
+# lets a signal or the progress line through in time.
+_SECONDS_PER_CALL = 0.2
+_MAX_STEPS_PER_CALL = 10_000
+_UNKNOWN_DIMENSION = 32
+
+
+class Trainer(Steps):
+    """Trains and evaluates a Keras model on any strategy, in any precision.
+
+    `train_step` and `test_step` run in each replica and may be overridden.
+
+    Args:
+        model: Any `keras.Model`, made in `dist_amp.scope(strategy, ...)`. A
+            model without variables yet is built from the first dataset.
+        optimizer: From `dist_amp.wrap_optimizer`; a plain Keras optimizer is
+            wrapped here.
+        loss: A `keras.losses.Loss`, its name, or a function of `(y, y_pred)`
+            that returns one value for each example; a list or a dict of them
+            for several outputs; None if the model adds its own (`add_loss`).
+            Its `reduction` decides what the sum over the global batch is
+            divided by.
+        metrics: Names or `keras.metrics.Metric`s; see `MetricSet`.
+        jit_compile: Whether XLA compiles the forward and backward pass.
+
+    Raises:
+        ValueError: Model and optimizer were not made in one scope.
+
+    Example:
+
+    >>> strategy = dist_amp.make_strategy("auto")
+    >>> with dist_amp.scope(strategy, "auto"):
+    ...     model = keras.Sequential([keras.Input((4,)),
+    ...                               keras.layers.Dense(3, dtype="float32")])
+    ...     optimizer = dist_amp.wrap_optimizer(keras.optimizers.Adam(1e-3))
+    >>> trainer = dist_amp.Trainer(
+    ...     model, optimizer,
+    ...     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    ...     metrics=["accuracy"])
+    >>> dataset = tf.data.Dataset.from_tensor_slices(
+    ...     (tf.random.normal([10, 4]), tf.range(10) % 3)).batch(4)
+    >>> history = trainer.fit(dataset, epochs=2, verbose=0)
+    >>> sorted(trainer.evaluate(dataset))
+    ['accuracy', 'loss']
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        optimizer: keras.optimizers.Optimizer,
+        *,
+        loss: Any = None,
+        metrics: MetricsLike = (),
+        jit_compile: bool = False,
+    ):
+        strategy = model.distribute_strategy
+        with strategy.scope():
+            optimizer = _wrapped(optimizer, model)
+        super().__init__(
+            model,
+            optimizer,
+            loss=loss,
+            metrics=metrics,
+            strategy=strategy,
+            jit_compile=jit_compile,
+        )
+        model.optimizer = optimizer
+        model.stop_training = False
+        self._replica_ids = _local_replica_ids(strategy)
+        self._train_loop = self.make_train_loop()
+        self._test_loop = self.make_test_loop()
+        self._is_built = False
+        self._checkpointer: Checkpointer | None = None
+        self._epoch = self._step_in_epoch = self._step = 0
+        self._stop_reason: str | None = None
+
+    # ------------------------------------------------------------- public
+
+    def fit(
+        self,
+        dataset: tf.data.Dataset,
+        *,
+        epochs: int = 1,
+        steps_per_epoch: int | None = None,
+        steps_per_loop: int | str = "auto",
+        validation_data: tf.data.Dataset | None = None,
+        validation_steps: int | None = None,
+        callbacks: Sequence[keras.callbacks.Callback] = (),
+        checkpoint_dir: str | pathlib.Path | None = None,
+        initial_epoch: int = 0,
+        class_weight: Mapping[int, float] | None = None,
+        verbose: str | int = "auto",
+    ) -> keras.callbacks.History:
+        """Trains the model.
+
+        A step is one update of the weights. With
+        `gradient_accumulation_steps=K` it takes K batches of the dataset (as
+        in Keras), and what is left at the end of an epoch makes a last,
+        smaller update.
+
+        Args:
+            dataset: Global batches of `x`, `(x, y)` or `(x, y,
+                sample_weight)`, each leaf `[global_batch, ...]`; a smaller
+                last batch is weighted rightly.
+            epochs: Epoch to stop at, counted from 0.
+            steps_per_epoch: Updates in an epoch; by default one pass over the
+                dataset. Needed if the dataset repeats for ever.
+            steps_per_loop: Updates in one compiled call. Callbacks hear of
+                the last batch of each call. "auto" lengthens the calls until
+                the host's share is negligible.
+            validation_data: Global batches, evaluated after each epoch.
+            validation_steps: Batches of it to use; all by default.
+            callbacks: Keras callbacks.
+            checkpoint_dir: Where to save after each epoch and on
+                `request_stop`. If it holds a checkpoint, training goes on
+                from there.
+            initial_epoch: Epoch to start from if nothing is restored.
+            class_weight: Weight of each class in the loss.
+            verbose: 0 silent, 1 or "auto" a progress line, 2 a line an epoch.
+
+        Returns:
+            The Keras `History`: `.history` holds a list for each name in the
+            logs, one number an epoch; validation results start with `val_`.
+
+        Raises:
+            ValueError: An argument is out of range, or the dataset does not
+                fit the replicas.
+            FloatingPointError: The loss is no finite number, or the loss
+                scale is at its floor and updates are still skipped.
+        """
+        _check_counts(
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            steps_per_loop=None if steps_per_loop == "auto" else steps_per_loop,
+        )
+        self.build(dataset)
+        stream = data.Stream(
+            self._split(dataset, class_weight),
+            batches_per_step=self.optimizer.gradient_accumulation_steps or 1,
+            steps_per_epoch=steps_per_epoch,
+        )
+        self._start(stream, checkpoint_dir, initial_epoch)
+        callback_list = keras.callbacks.CallbackList(
+            [*callbacks, *_progress(verbose)],
+            add_history=True,
+            model=self.model,
+            epochs=epochs,
+            steps=stream.steps_per_epoch,
+            verbose=0,
+        )
+        pace = _Pace(steps_per_loop)
+        callback_list.on_train_begin()
+        logs: dict[str, float] = {}
+        while self._epoch < epochs and not self._should_stop():
+            callback_list.on_epoch_begin(self._epoch)
+            logs = self._train_epoch(stream, callback_list, pace)
+            if self._stop_reason:
+                break
+            if validation_data is not None:
+                callback_list.on_test_begin()
+                results = self.evaluate(validation_data, steps=validation_steps)
+                callback_list.on_test_end(results)
+                logs |= {f"val_{name}": v for name, v in results.items()}
+            callback_list.on_epoch_end(self._epoch, logs)
+            self._epoch, self._step_in_epoch = self._epoch + 1, 0
+            self.metrics.reset()
+            self._save()
+        if self._stop_reason:
+            self._save()
+            _log.info("stopped at step %d: %s", self._step, self._stop_reason)
+        else:
+            self.optimizer.finalize_variable_values(
+                self.model.trainable_variables
+            )
+        callback_list.on_train_end(logs)
+        return self.model.history
+
+    def evaluate(
+        self, dataset: tf.data.Dataset, *, steps: int | None = None
+    ) -> dict[str, float]:
+        """Returns the loss and the metrics, exact over every example.
+
+        Args:
+            dataset: Global batches as in `fit`.
+            steps: Batches to use; all by default.
+
+        Raises:
+            ValueError: The dataset repeats for ever and `steps` is None.
+        """
+        self.build(dataset)
+        if steps is None and data.is_infinite(dataset):
+            raise ValueError(
+                "`steps` is needed: the dataset repeats for ever "
+                "(`validation_steps` in `fit`, --eval_steps)."
+            )
+        length = data.length_of(dataset) if steps is None else steps
+        self.metrics.reset()
+        iterator = iter(self._split(dataset).prefetch(tf.data.AUTOTUNE))
+        if length is None:
+            self._test_until_exhausted(iterator)
+        else:
+            self._test_loop(iterator, tf.constant(length))
+        results = _to_floats(self.metrics.results())
+        self.metrics.reset()
+        return results
+
+    def request_stop(self, reason: str = "asked to stop") -> None:
+        """Ends `fit` after the compiled call under way, with a checkpoint.
+
+        Safe to call from a signal handler or another thread.
+
+        Args:
+            reason: For the log.
+        """
+        self._stop_reason = reason
+
+    @property
+    def stop_reason(self) -> str | None:
+        """What `request_stop` was given, if it ended the last `fit`."""
+        return self._stop_reason
+
+    @property
+    def global_step(self) -> int:
+        """Updates attempted since the start, skipped ones included."""
+        return self._step
+
+    def build(self, dataset: tf.data.Dataset) -> None:
+        """Creates every variable; `fit` and `evaluate` do it by themselves.
+
+        Args:
+            dataset: As in `fit`; only its shapes are looked at.
+        """
+        if self._is_built:
+            return
+        spec = dataset.element_spec
+        parts = spec if isinstance(spec, tuple) else (spec,)
+        x, y = tf.nest.map_structure(_one_example, (*parts, None)[:2])
+        with self.strategy.scope():
+            predictions = self.model(x, training=False)
+            self.optimizer.build(self.model.trainable_variables)
+            self.metrics.build(y, predictions)
+        spread_seeds(self.model, self.strategy, self._replica_ids[0])
+        self._is_built = True
+
+    # ------------------------------------------------------------ private
+
+    def _split(
+        self,
+        dataset: tf.data.Dataset,
+        class_weight: Mapping[int, float] | None = None,
+    ) -> tf.data.Dataset:
+        return data.split(
+            dataset,
+            num_replicas=self.strategy.num_replicas_in_sync,
+            first_replica=self._replica_ids[0],
+            num_local_replicas=len(self._replica_ids),
+            reduction=_reduction_of(self.loss),
+            class_weight=class_weight,
+        )
+
+    def _start(
+        self,
+        stream: data.Stream,
+        checkpoint_dir: str | pathlib.Path | None,
+        initial_epoch: int,
+    ) -> None:
+        """Opens the stream at the beginning, or where a checkpoint says."""
+        self.model.stop_training = False
+        self._stop_reason = None
+        self._epoch, self._step_in_epoch, self._step = initial_epoch, 0, 0
+        self.metrics.reset()
+        saved = None
+        self._checkpointer = None
+        if checkpoint_dir is not None:
+            self._checkpointer = self._make_checkpointer(checkpoint_dir)
+            saved = self._checkpointer.restore()
+        if saved is None:
+            stream.open()
+            return
+        self._epoch = saved["epoch"]
+        self._step_in_epoch = saved["step_in_epoch"]
+        self._step = saved["step"]
+        spread_seeds(self.model, self.strategy, self._replica_ids[0])
+        stream.open(self._epoch, self._step_in_epoch)
+        _log.info(
+            "resumed from %s: step %d, epoch %d",
+            self._checkpointer.latest,
+            self._step,
+            self._epoch + 1,
+        )
+
+    def _make_checkpointer(self, directory: str | pathlib.Path) -> Checkpointer:
+        groups = {
+            "model": self.model.variables,
+            "optimizer": self.optimizer.variables,
+            "metrics": self.metrics.variables,
+        }
+        return Checkpointer(
+            directory, groups, counters=("epoch", "step_in_epoch", "step")
+        )
+
+    def _save(self) -> None:
+        if self._checkpointer is not None:
+            self._checkpointer.save(
+                self._step,
+                epoch=self._epoch,
+                step_in_epoch=self._step_in_epoch,
+            )
+
+    def _train_epoch(
+        self,
+        stream: data.Stream,
+        callbacks: keras.callbacks.CallbackList,
+        pace: "_Pace",
+    ) -> dict[str, float]:
+        """Trains to the end of the epoch, or until asked to stop."""
+        logs: dict[str, float] = {}
+        rates = _Rates(self._step_in_epoch, self.metrics.num_examples)
+        while not self._should_stop():
+            num_steps, micro_steps = stream.next_call(
+                self._step_in_epoch, pace.steps
+            )
+            if num_steps == 0:
+                break
+            callbacks.on_train_batch_begin(self._step_in_epoch)
+            with pace.observe(num_steps):
+                read = self._call_train_loop(stream, num_steps, micro_steps)
+            if read is None:
+                stream.end_epoch(self._step_in_epoch)
+                break
+            self._step += num_steps
+            self._step_in_epoch += num_steps
+            logs = rates.add_to(read, self._step_in_epoch)
+            callbacks.on_train_batch_end(self._step_in_epoch - 1, logs)
+        return logs
+
+    def _call_train_loop(
+        self, stream: data.Stream, num_steps: int, micro_steps: int
+    ) -> dict[str, float] | None:
+        """Runs some updates; None if there is no more data."""
+        try:
+            logs = self._train_loop(
+                stream.iterator,
+                tf.constant(num_steps),
+                tf.constant(micro_steps),
+            )
+        except tf.errors.OutOfRangeError:
+            if stream.steps_per_epoch is None:
+                return None
+            raise
+        except tf.errors.InvalidArgumentError as error:
+            raise self._explained(error) from error
+        logs = _to_floats(logs)
+        self._check_finite(logs, num_steps)
+        return logs
+
+    def _check_finite(self, logs: dict[str, float], num_steps: int) -> None:
+        """An optimizer that skips overflows may go on; any other may not."""
+        bad_losses = int(logs.pop("nonfinite_losses"))
+        bad_inputs = int(logs.pop("nonfinite_inputs"))
+        if not bad_losses or self._skips_overflows:
+            return
+        raise FloatingPointError(
+            f"The loss is NaN or infinite within steps {self._step + 1} to "
+            f"{self._step + num_steps} (epoch {self._epoch + 1}). "
+            + _blame(bad_inputs)
+        )
+
+    @property
+    def _skips_overflows(self) -> bool:
+        return isinstance(self.optimizer, optimizer_lib.LossScaleOptimizer)
+
+    def _explained(
+        self, error: tf.errors.InvalidArgumentError
+    ) -> Exception:
+        """Adds the state of the input to the optimizer's last word."""
+        found = re.search(
+            r"\[(?:b')?(\d+ updates in a row[^\]]*?)'?\] \[(.*?)\]",
+            error.message,
+        )
+        if not found:
+            return error
+        inputs = int(self.metrics.counts()["nonfinite_inputs"])
+        return FloatingPointError(
+            f"{found[1]} {found[2]} (near step {self._step + 1}, epoch "
+            f"{self._epoch + 1}). {_blame(inputs)}"
+        )
+
+    def _test_until_exhausted(self, iterator: Any) -> None:
+        try:
+            while True:
+                self._test_loop(iterator, tf.constant(1))
+        except tf.errors.OutOfRangeError:
+            return
+
+    def _should_stop(self) -> bool:
+        return bool(self._stop_reason or self.model.stop_training)
+
+
+class _Pace:
+    """How many updates to put in one compiled call.
+
+    "auto" starts with one, to hear of errors early, and lengthens the calls
+    until one takes about `_SECONDS_PER_CALL`.
+    """
+
+    def __init__(self, steps_per_loop: int | str):
+        self._is_auto = steps_per_loop == "auto"
+        self._is_traced = False
+        self.steps = 1 if steps_per_loop == "auto" else int(steps_per_loop)
+
+    @contextlib.contextmanager
+    def observe(self, num_steps: int) -> Iterator[None]:
+        """Times one call; the first one, which traces, does not count."""
+        begin = time.perf_counter()
+        yield
+        seconds_per_step = (time.perf_counter() - begin) / num_steps
+        if self._is_auto and self._is_traced:
+            fitting = int(_SECONDS_PER_CALL / seconds_per_step)
+            longest = min(8 * self.steps, _MAX_STEPS_PER_CALL)
+            self.steps = max(1, min(fitting, longest))
+        self._is_traced = True
+
+
+class _Rates:
+    """Steps and examples per second since an epoch began or was resumed."""
+
+    def __init__(self, step: int, num_examples: float):
+        self._begin = time.perf_counter()
+        self._step = step
+        self._num_examples = num_examples
+
+    def add_to(self, logs: dict[str, float], step: int) -> dict[str, float]:
+        """Replaces the count of examples in the logs by the two rates."""
+        seconds = time.perf_counter() - self._begin
+        num_examples = logs.pop("examples") - self._num_examples
+        rates = {
+            "examples_per_sec": num_examples / seconds,
+            "steps_per_sec": (step - self._step) / seconds,
+        }
+        return {**logs, **rates}
+
+
+def _wrapped(
+    optimizer: keras.optimizers.Optimizer, model: keras.Model
+) -> optimizer_lib.DistributedOptimizer:
+    needs_scale = optimizer_lib.computes_in_float16(model)
+    return optimizer_lib.wrap_optimizer(
+        optimizer, loss_scale="dynamic" if needs_scale else "auto"
+    )
+
+
+def _local_replica_ids(strategy: tf.distribute.Strategy) -> list[int]:
+    ids = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant(context.replica_id_in_sync_group)
+    )
+    return [int(i) for i in strategy.experimental_local_results(ids)]
+
+
+def _one_example(spec: tf.TensorSpec) -> tf.Tensor:
+    """Zeros of the shape of one example, for building."""
+    shape = [_UNKNOWN_DIMENSION if n is None else n for n in spec.shape[1:]]
+    return tf.zeros([1, *shape], spec.dtype)
+
+
+def _reduction_of(loss: Any) -> str:
+    """What the losses divide by; they must agree."""
+    losses = tf.nest.flatten(loss)
+    found = {
+        getattr(one, "reduction", "sum_over_batch_size") for one in losses
+    } or {"sum_over_batch_size"}
+    if found == {"mean"}:
+        return "sum_over_batch_size"
+    if len(found) > 1 or not found <= set(data.REDUCTIONS):
+        raise ValueError(
+            "All losses must have one `reduction`, out of "
+            f"{', '.join(data.REDUCTIONS)}. Received {sorted(map(str, found))}."
+        )
+    return found.pop()
+
+
+def _progress(verbose: str | int) -> list[keras.callbacks.Callback]:
+    if verbose == 0:
+        return []
+    seconds = math.inf if verbose == 2 else 30.0
+    return [Progress(seconds_between_lines=seconds)]
+
+
+def _check_counts(**counts: Any) -> None:
+    for name, value in counts.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise ValueError(
+                f"`{name}` must be a positive integer. Received {value!r} "
+                f"(--{name})."
+            )
+
+
+def _to_floats(logs: Mapping[str, Any]) -> dict[str, float]:
+    floats = {}
+    for name, value in logs.items():
+        array = tf.convert_to_tensor(value).numpy()
+        floats[name] = float(array) if array.ndim == 0 else array.tolist()
+    return floats
+
+
+def _blame(bad_inputs: int) -> str:
+    if bad_inputs:
+        return (
+            f"The data is the cause: {bad_inputs} slices of batches since the "
+            "epoch began hold NaN or infinite numbers; clean the input."
+        )
+    return (
+        "The input is finite, so the model or the learning rate is the "
+        "cause: try a lower learning rate, `global_clipnorm`, or float32."
+    )
