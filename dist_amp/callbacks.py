@@ -44,7 +44,7 @@ class JsonLines(keras.callbacks.Callback):
         self, epoch: int, logs: Mapping[str, Any] | None = None
     ) -> None:
         """Writes the lines of one epoch."""
-        logs = dict(logs or {})
+        logs = _loss_first(logs or {})
         head = {"step": self._global_step(), "epoch": epoch + 1}
         test = {
             key.removeprefix("val_"): logs.pop(key)
@@ -130,11 +130,13 @@ class Progress(keras.callbacks.Callback):
 
     def _progress_line(self, step: int, logs: Mapping[str, Any]) -> str:
         total = self.params.get("steps")
-        done = f"{step}/{total} {_bar(step, total)}" if total else f"step {step}"
+        done = (
+            f"{step}/{total} {_bar(step, total)}" if total else f"step {step}"
+        )
         rate = logs.get("steps_per_sec", math.nan)
         shown = [
             f"{name} {_short(value)}"
-            for name, value in logs.items()
+            for name, value in _loss_first(logs).items()
             if name == "loss_scale"
             or not (name in TRAIN_ONLY or name.startswith("val_"))
         ]
@@ -153,9 +155,9 @@ class Progress(keras.callbacks.Callback):
 
 
 def describe_epoch(epoch: int, logs: Mapping[str, float]) -> str:
-    """ "Epoch 1, Loss: 0.3012, Accuracy: 91.50, Test Loss: ..." """
+    """Makes the line `Epoch 1, Loss: 0.3012, Accuracy: 91.50, Test Loss: ...`."""
     parts = [f"Epoch {epoch + 1}"]
-    for name, value in logs.items():
+    for name, value in _loss_first(logs).items():
         base = name.removeprefix("val_")
         if base in TRAIN_ONLY:
             continue
@@ -163,9 +165,21 @@ def describe_epoch(epoch: int, logs: Mapping[str, float]) -> str:
         title = f"Test {title}" if name != base else title
         is_share = "accuracy" in base
         parts.append(
-            f"{title}: {value * 100:.2f}" if is_share else f"{title}: {value:.4f}"
+            f"{title}: {value * 100:.2f}"
+            if is_share
+            else f"{title}: {value:.4f}"
         )
     return ", ".join(parts)
+
+
+def _loss_first(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """The loss, then the metrics, then the same for validation."""
+
+    def place(name: str) -> tuple[bool, bool]:
+        is_validation = name.startswith("val_")
+        return is_validation, name.removeprefix("val_") != "loss"
+
+    return {name: logs[name] for name in sorted(logs, key=place)}
 
 
 def _bar(step: int, total: int, width: int = 20) -> str:

@@ -44,12 +44,12 @@ class Checkpointer:
             max_to_keep=max_to_keep,
         )
 
-    def save(self, step: int, **counters: int) -> str:
+    def save(self, step: int, counters: Mapping[str, int]) -> str:
         """Writes `ckpt-<step>`; returns its path.
 
         Args:
             step: Global step, part of the name.
-            **counters: A value for each of the counters.
+            counters: A value for each of the counters.
         """
         for name, variable in self._counters.items():
             variable.assign(counters[name])
@@ -80,7 +80,8 @@ class Checkpointer:
                 f"{str(error).splitlines()[0]}"
             ) from error
         return {
-            name: int(variable) for name, variable in self._counters.items()
+            name: int(variable.numpy())
+            for name, variable in self._counters.items()
         }
 
     @property

@@ -7,10 +7,14 @@ gradient are plain sums over replicas, whatever the size of the last batch;
 a replica that gets no example at all adds zero.
 """
 
+import importlib
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
+
+# Examples of a TFDS split that are kept in memory and shuffled as a whole.
+_MAX_CACHED = 50_000
 
 REDUCTIONS = ("sum_over_batch_size", "mean_with_sample_weight", "sum")
 
@@ -82,17 +86,94 @@ def split(
             weight = weight / size_as_float
         elif reduction == "mean_with_sample_weight":
             weight = _normalized(weight, size_as_float)
+        slices = (
+            _rows_of_replica((x, y, weight), size, replica, num_replicas)
+            for replica in range(first_replica, first_replica + count)
+        )
         return tuple(
-            Batch(
-                *_rows_of_replica(
-                    (x, y, weight), size, first_replica + i, num_replicas
-                ),
-                global_size=size_as_float,
-            )
-            for i in range(count)
+            Batch(x, y, weight, size_as_float) for x, y, weight in slices
         )
 
     return dataset.map(to_slices, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def prepare_tfds(name: str, data_dir: str | None = None) -> Any:
+    """The TFDS builder of a dataset, prepared in `data_dir` if need be.
+
+    Args:
+        name: TFDS name, say "mnist" or "cifar10:3.*.*"; "digits" is this
+            library's own and needs no network.
+        data_dir: Where TFDS keeps its data; `~/tensorflow_datasets` by
+            default.
+
+    Raises:
+        ValueError: The dataset has no supervised keys.
+    """
+    tfds = importlib.import_module("tensorflow_datasets")  # slow to import
+    tfds.disable_progress_bar()
+    if name.partition(":")[0] == "digits":
+        importlib.import_module("dist_amp.datasets.digits")  # registers it
+    builder = tfds.builder(name, data_dir=data_dir)
+    builder.download_and_prepare()
+    if builder.info.supervised_keys is None:
+        raise ValueError(
+            f"TFDS dataset {name!r} has no supervised keys; write a function "
+            "that returns a tf.data.Dataset of (x, y) "
+            "(--dataset=module:function)."
+        )
+    return builder
+
+
+def read_tfds(
+    builder: Any,
+    split: str,
+    *,
+    global_batch_size: int,
+    shuffle_seed: int | None = None,
+) -> tf.data.Dataset:
+    """Global batches of `(x, y)`; images become float32 in [0, 1].
+
+    Args:
+        builder: From `prepare_tfds`.
+        split: TFDS split, say "train" or "test[:10%]".
+        global_batch_size: Examples in a batch; the last one may be smaller.
+        shuffle_seed: Shuffles, in another order each epoch, the same for the
+            same seed; None keeps the order.
+
+    Returns:
+        Batches with a known length.
+    """
+    dataset = builder.as_dataset(split=split, as_supervised=True)
+    if shuffle_seed is not None:
+        size = builder.info.splits[split].num_examples
+        dataset = dataset.cache() if size <= _MAX_CACHED else dataset
+        dataset = dataset.shuffle(min(size, _MAX_CACHED), seed=shuffle_seed)
+    dataset = dataset.batch(global_batch_size)
+    return dataset.map(_scale_image, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def test_split_of(builder: Any) -> str | None:
+    """The split to evaluate on: "test", else "validation", else none."""
+    return next(
+        (
+            name
+            for name in ("test", "validation")
+            if name in builder.info.splits
+        ),
+        None,
+    )
+
+
+def num_classes_of(builder: Any) -> int | None:
+    """Number of classes of the label; None if it is no class."""
+    label = builder.info.features[builder.info.supervised_keys[1]]
+    return getattr(label, "num_classes", None)
+
+
+def _scale_image(x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    if x.dtype == tf.uint8:
+        x = tf.cast(x, tf.float32) / 255.0
+    return x, y
 
 
 def batch_size_of(dataset: tf.data.Dataset) -> int | None:
@@ -100,6 +181,12 @@ def batch_size_of(dataset: tf.data.Dataset) -> int | None:
     leaves = tf.nest.flatten(dataset.element_spec)
     shape = leaves[0].shape if leaves else None
     return shape[0] if shape is not None and shape.rank else None
+
+
+def is_batched(dataset: tf.data.Dataset) -> bool:
+    """Whether every leaf has a leading dimension of unknown length."""
+    shapes = [leaf.shape for leaf in tf.nest.flatten(dataset.element_spec)]
+    return all(s.rank and s[0] is None for s in shapes)
 
 
 def length_of(dataset: tf.data.Dataset) -> int | None:
@@ -193,9 +280,8 @@ class Stream:
         left = self.steps_per_epoch - step_in_epoch
         if left <= 0:
             return 0, 0
-        batches_left = (
-            self._batches_per_epoch - step_in_epoch * self._batches_per_step
-        )
+        batches_done = step_in_epoch * self._batches_per_step
+        batches_left = (self._batches_per_epoch or 0) - batches_done
         whole_steps = batches_left // self._batches_per_step
         if whole_steps == 0:
             return 1, batches_left

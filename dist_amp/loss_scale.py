@@ -29,7 +29,6 @@ class LossScaleRule:
         max_scale: The ceiling, >= `min_scale`.
 
     Example:
-
     >>> rule = LossScaleRule(growth_interval=2)
     >>> scale, good_steps = rule.next_state(8.0, 1, finite=True)
     >>> float(scale), int(good_steps)

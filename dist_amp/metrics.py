@@ -6,15 +6,17 @@ example, and a replica with no example adds nothing.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
 
 from dist_amp.data import Batch
 
-MetricLike = str | keras.metrics.Metric
-MetricsLike = Sequence[MetricLike] | Mapping[str, Sequence[MetricLike]]
+MetricLike: TypeAlias = str | keras.metrics.Metric
+MetricsLike: TypeAlias = (
+    Sequence[MetricLike] | Mapping[str, Sequence[MetricLike]]
+)
 
 
 class MetricSet:
@@ -162,7 +164,7 @@ def _to_metric(metric: MetricLike, loss: Any) -> keras.metrics.Metric:
 
 
 def _accuracy_for(loss: Any) -> type[keras.metrics.Metric]:
-    name = getattr(loss, "name", None) or getattr(loss, "__name__", str(loss))
+    name = str(getattr(loss, "name", None) or getattr(loss, "__name__", loss))
     if "sparse" in name:
         return keras.metrics.SparseCategoricalAccuracy
     if "binary" in name or "hinge" in name:

@@ -61,7 +61,6 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
         TypeError: `inner` is not an optimizer, or one that wraps others.
 
     Example:
-
     >>> optimizer = dist_amp.DistributedOptimizer(keras.optimizers.SGD(0.1))
     >>> weight = keras.Variable(1.0)
     >>> optimizer.apply([tf.constant(2.0)], [weight])
@@ -92,7 +91,9 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         refused = [
-            v.path for v in variables if self._overwrite_variable_with_gradient(v)
+            v.path
+            for v in variables
+            if self._overwrite_variable_with_gradient(v)
         ]
         if refused:
             raise ValueError(
@@ -184,9 +185,7 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
         if self._accumulates_locally is False:
             self._accumulate(gradients, variables, weight)
             return self._attempt_accumulated(variables, is_reduced=False)
-        self._accumulate(
-            reduction.all_reduce_sum(gradients), variables, weight
-        )
+        self._accumulate(reduction.all_reduce_sum(gradients), variables, weight)
         return tf.cond(
             self._micro_steps >= self.gradient_accumulation_steps,
             lambda: self._attempt_accumulated(variables, is_reduced=True),
@@ -299,7 +298,9 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
         """Keras configuration; the inner optimizer's is nested in it."""
         inner = self.inner_optimizer
         with _attribute(
-            inner, "gradient_accumulation_steps", self.gradient_accumulation_steps
+            inner,
+            "gradient_accumulation_steps",
+            self.gradient_accumulation_steps,
         ):
             serialized = keras.saving.serialize_keras_object(inner)
         return {"name": self.name, "inner": serialized}
@@ -346,7 +347,6 @@ class LossScaleOptimizer(
         ValueError: A number is out of range; the message says which.
 
     Example:
-
     >>> optimizer = dist_amp.LossScaleOptimizer(
     ...     keras.optimizers.SGD(0.1), initial_scale=8.0)
     >>> weight = keras.Variable(1.0)
@@ -509,7 +509,6 @@ def wrap_optimizer(
             would be ignored.
 
     Example:
-
     >>> with dist_amp.scope(dist_amp.make_strategy(), "mixed_float16"):
     ...     optimizer = dist_amp.wrap_optimizer(keras.optimizers.Adam(1e-3))
     >>> type(optimizer).__name__
@@ -528,11 +527,9 @@ def wrap_optimizer(
                 "to have one all the same (--loss_scale=dynamic)."
             )
         return DistributedOptimizer(optimizer)
-    if loss_scale == "dynamic":
-        return LossScaleOptimizer(optimizer, **loss_scale_options)
-    return LossScaleOptimizer(
-        optimizer, **_fixed(loss_scale), **loss_scale_options
-    )
+    if loss_scale != "dynamic":
+        loss_scale_options |= _fixed(loss_scale)
+    return LossScaleOptimizer(optimizer, **loss_scale_options)
 
 
 def computes_in_float16(model: keras.Model) -> bool:

@@ -117,7 +117,7 @@ def resolve(
 
 
 def device_type(strategy: tf.distribute.Strategy) -> str:
-    """ "CPU", "GPU" or "TPU": where the replicas of a strategy run."""
+    """Where the replicas of a strategy run: "CPU", "GPU" or "TPU"."""
     device = strategy.extended.worker_devices[0]
     return tf.DeviceSpec.from_string(device).device_type or "CPU"
 
@@ -195,7 +195,6 @@ def scope(
         ValueError: The precision is not known, or cannot run on the devices.
 
     Example:
-
     >>> strategy = dist_amp.make_strategy("one_device")
     >>> with dist_amp.scope(strategy, "mixed_bfloat16") as precision:
     ...     layer = keras.layers.Dense(2)

@@ -1,10 +1,11 @@
 """All-reduce of a list of gradients, dense and sparse."""
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import tensorflow as tf
 
-Gradient = tf.Tensor | tf.IndexedSlices
+Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
 
 def all_reduce_sum(gradients: Sequence[Gradient]) -> list[Gradient]:

@@ -106,9 +106,7 @@ class Steps:
         """
         losses = [
             _weighted_sum(loss, y, prediction, batch)
-            for loss, y, prediction in _matched(
-                self.loss, batch.y, predictions
-            )
+            for loss, y, prediction in _matched(self.loss, batch.y, predictions)
         ]
         share = _num_rows(batch) / batch.global_size
         losses += [
@@ -148,7 +146,7 @@ class Steps:
 
     # ------------------------------------------------------ on the host
 
-    def make_train_loop(self) -> Callable[..., dict[str, tf.Tensor]]:
+    def make_train_loop(self) -> Any:
         """Compiles `loop(iterator, num_steps, num_micro_steps) -> logs`.
 
         Each step takes `num_micro_steps` elements of the iterator; both
@@ -173,7 +171,7 @@ class Steps:
 
         return train_loop
 
-    def make_test_loop(self) -> Callable[..., dict[str, tf.Tensor]]:
+    def make_test_loop(self) -> Any:
         """Compiles `loop(iterator, num_steps) -> logs`."""
 
         @tf.function

@@ -39,7 +39,6 @@ def make_strategy(
             devices that this host does not have. Never falls back to a CPU.
 
     Example:
-
     >>> strategy = dist_amp.make_strategy("one_device")
     >>> strategy.num_replicas_in_sync
     1
@@ -180,7 +179,7 @@ def _names(kind: str) -> list[str]:
 
 
 def _canonical(device: str) -> str:
-    """ "/device:GPU:0", "gpu:0" and "GPU:0" are all "GPU:0"."""
+    """Makes "GPU:0" of "/device:GPU:0" and of "gpu:0"."""
     return ":".join(device.upper().split(":")[-2:]).lstrip("/")
 
 

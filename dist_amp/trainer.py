@@ -50,7 +50,6 @@ class Trainer(Steps):
         ValueError: Model and optimizer were not made in one scope.
 
     Example:
-
     >>> strategy = dist_amp.make_strategy("auto")
     >>> with dist_amp.scope(strategy, "auto"):
     ...     model = keras.Sequential([keras.Input((4,)),
@@ -224,7 +223,7 @@ class Trainer(Steps):
             self._test_until_exhausted(iterator)
         else:
             self._test_loop(iterator, tf.constant(length))
-        results = _to_floats(self.metrics.results())
+        results = _to_numbers(self.metrics.results())
         self.metrics.reset()
         return results
 
@@ -266,6 +265,25 @@ class Trainer(Steps):
         spread_seeds(self.model, self.strategy, self._replica_ids[0])
         self._is_built = True
 
+    def trace(self, dataset: tf.data.Dataset) -> int:
+        """Traces the train step without running it.
+
+        Args:
+            dataset: As in `fit`; only its shapes are looked at.
+
+        Returns:
+            Number of operations in the compiled loop, functions included.
+        """
+        self.build(dataset)
+        iterator = iter(self._split(dataset))
+        function = self._train_loop.get_concrete_function(
+            iterator, tf.constant(1), tf.constant(1)
+        )
+        definition = function.graph.as_graph_def()
+        return len(definition.node) + sum(
+            len(inner.node_def) for inner in definition.library.function
+        )
+
     # ------------------------------------------------------------ private
 
     def _split(
@@ -293,11 +311,12 @@ class Trainer(Steps):
         self._stop_reason = None
         self._epoch, self._step_in_epoch, self._step = initial_epoch, 0, 0
         self.metrics.reset()
-        saved = None
         self._checkpointer = None
-        if checkpoint_dir is not None:
-            self._checkpointer = self._make_checkpointer(checkpoint_dir)
-            saved = self._checkpointer.restore()
+        if checkpoint_dir is None:
+            stream.open()
+            return
+        self._checkpointer = self._make_checkpointer(checkpoint_dir)
+        saved = self._checkpointer.restore()
         if saved is None:
             stream.open()
             return
@@ -325,11 +344,12 @@ class Trainer(Steps):
 
     def _save(self) -> None:
         if self._checkpointer is not None:
-            self._checkpointer.save(
-                self._step,
-                epoch=self._epoch,
-                step_in_epoch=self._step_in_epoch,
-            )
+            counters = {
+                "epoch": self._epoch,
+                "step_in_epoch": self._step_in_epoch,
+                "step": self._step,
+            }
+            self._checkpointer.save(self._step, counters)
 
     def _train_epoch(
         self,
@@ -374,7 +394,7 @@ class Trainer(Steps):
             raise
         except tf.errors.InvalidArgumentError as error:
             raise self._explained(error) from error
-        logs = _to_floats(logs)
+        logs = _to_numbers(logs)
         self._check_finite(logs, num_steps)
         return logs
 
@@ -394,9 +414,7 @@ class Trainer(Steps):
     def _skips_overflows(self) -> bool:
         return isinstance(self.optimizer, optimizer_lib.LossScaleOptimizer)
 
-    def _explained(
-        self, error: tf.errors.InvalidArgumentError
-    ) -> Exception:
+    def _explained(self, error: tf.errors.InvalidArgumentError) -> Exception:
         """Adds the state of the input to the optimizer's last word."""
         found = re.search(
             r"\[(?:b')?(\d+ updates in a row[^\]]*?)'?\] \[(.*?)\]",
@@ -519,12 +537,13 @@ def _check_counts(**counts: Any) -> None:
             )
 
 
-def _to_floats(logs: Mapping[str, Any]) -> dict[str, float]:
-    floats = {}
-    for name, value in logs.items():
-        array = tf.convert_to_tensor(value).numpy()
-        floats[name] = float(array) if array.ndim == 0 else array.tolist()
-    return floats
+def _to_numbers(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Python numbers (lists, for metrics of several numbers); loss first."""
+    names = sorted(logs, key=lambda name: name != "loss")
+    return {
+        name: tf.convert_to_tensor(logs[name]).numpy().tolist()
+        for name in names
+    }
 
 
 def _blame(bad_inputs: int) -> str:

@@ -1,0 +1,1 @@
+"""TFDS builders for data that needs no network."""

@@ -1,0 +1,1 @@
+"""Model factories: each module has `build(...) -> keras.Model`."""

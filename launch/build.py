@@ -1,0 +1,365 @@
+"""From a config to the objects it describes: devices, data, trainer."""
+
+import dataclasses
+import importlib
+import inspect
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import dist_amp
+from dist_amp import cluster as cluster_lib
+from dist_amp import data as data_lib
+from dist_amp import schedule as schedule_lib
+from dist_amp import strategy as strategy_lib
+from dist_amp.callbacks import JsonLines
+from launch.config import ConfigError, TrainConfig
+from launch.run_dir import RunDir
+
+_log = logging.getLogger(__name__)
+
+_GENERIC_OPTIONS = (
+    "weight_decay",
+    "global_clipnorm",
+    "clipnorm",
+    "clipvalue",
+    "ema_overwrite_frequency",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """What the replicas run on, and why "auto" chose it."""
+
+    strategy: tf.distribute.Strategy
+    strategy_kind: str
+    strategy_reason: str
+    precision: dist_amp.Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Global batches to train on and, unless there are none, to test on."""
+
+    train: tf.data.Dataset
+    test: tf.data.Dataset | None
+    num_classes: int | None
+
+
+def make_devices(config: TrainConfig) -> Devices:
+    """Seeds, splits the CPU, builds the strategy, resolves the precision."""
+    keras.utils.set_random_seed(config.seed)
+    if config.deterministic:
+        tf.config.experimental.enable_op_determinism()
+    devices = list(config.devices) or None
+    if config.num_logical_cpus:
+        strategy_lib.use_logical_cpus(config.num_logical_cpus)
+        devices = devices or [
+            f"CPU:{index}" for index in range(config.num_logical_cpus)
+        ]
+    cluster = cluster_lib.from_environment()
+    is_tpu = config.strategy == "tpu" or config.tpu
+    found = [] if is_tpu or cluster else strategy_lib.find_devices(devices)
+    kind, reason = strategy_lib.choose(
+        config.strategy, devices=found, cluster=cluster, tpu=config.tpu
+    )
+    strategy = dist_amp.make_strategy(
+        kind,
+        devices=devices,
+        all_reduce=config.all_reduce,
+        cluster=cluster,
+        tpu=config.tpu,
+    )
+    # Entered once for its checks, so that they come before any data is read.
+    with dist_amp.scope(strategy, config.precision) as precision:
+        pass
+    _log.info(
+        "strategy: %s, %d replicas (%s)",
+        kind,
+        strategy.num_replicas_in_sync,
+        reason,
+    )
+    _log.info("precision: %s (%s)", precision.name, precision.reason)
+    return Devices(strategy, kind, reason, precision)
+
+
+def load_data(config: TrainConfig) -> Data:
+    """Loads a TFDS dataset, or calls the user's function for each split."""
+    if config.dataset.partition(":")[2].isidentifier():
+        return _data_of(_imported("dataset", config.dataset), config)
+    builder = data_lib.prepare_tfds(config.dataset, config.data_dir)
+    train = data_lib.read_tfds(
+        builder,
+        "train",
+        global_batch_size=config.batch_size,
+        shuffle_seed=config.seed,
+    )
+    test = None
+    test_split = data_lib.test_split_of(builder)
+    if test_split is not None:
+        test = data_lib.read_tfds(
+            builder, test_split, global_batch_size=config.batch_size
+        )
+    return Data(train, test, data_lib.num_classes_of(builder))
+
+
+def make_trainer(
+    config: TrainConfig, devices: Devices, data: Data
+) -> dist_amp.Trainer:
+    """Makes model and optimizer in the scope, and the trainer around them."""
+    with dist_amp.scope(devices.strategy, devices.precision):
+        model = _make_model(config, data)
+        optimizer = _make_optimizer(config, _total_steps(config, data))
+    return dist_amp.Trainer(
+        model,
+        optimizer,
+        loss=_make_loss(config, model),
+        metrics=config.metrics,
+        jit_compile=config.jit_compile,
+    )
+
+
+def describe(
+    config: TrainConfig,
+    devices: Devices,
+    data: Data,
+    trainer: dist_amp.Trainer,
+) -> dict[str, Any]:
+    """What the settings became on this machine, for `config.json`."""
+    trainer.build(data.train)
+    optimizer = trainer.optimizer
+    has_scale = isinstance(optimizer, dist_amp.LossScaleOptimizer)
+    rule = optimizer.get_config()
+    inner = rule.pop("inner")
+    del rule["name"]
+    return {
+        "strategy": devices.strategy_kind,
+        "strategy_reason": devices.strategy_reason,
+        "num_replicas": devices.strategy.num_replicas_in_sync,
+        "devices": list(devices.strategy.extended.worker_devices),
+        "precision": devices.precision.name,
+        "precision_reason": devices.precision.reason,
+        "loss_scale": rule if has_scale else None,
+        "epochs": config.num_epochs,
+        "steps_per_epoch": config.num_steps_per_epoch
+        or _ceil_div(
+            data_lib.length_of(data.train), config.gradient_accumulation_steps
+        ),
+        "per_replica_batch_size": config.batch_size
+        / devices.strategy.num_replicas_in_sync,
+        "num_parameters": trainer.model.count_params(),
+        "optimizer": inner["config"],
+    }
+
+
+def describe_plan(
+    config: TrainConfig,
+    devices: Devices,
+    data: Data,
+    trainer: dist_amp.Trainer,
+) -> str:
+    """Traces the train step and tells what a run would do."""
+    resolved = describe(config, devices, data, trainer)
+    num_ops = trainer.trace(data.train)
+    variables = [*trainer.model.variables, *trainer.optimizer.variables]
+    num_bytes = sum(
+        int(np.prod(v.shape)) * tf.as_dtype(v.dtype).size for v in variables
+    )
+    lines = {
+        "strategy": f"{resolved['strategy']} ({resolved['strategy_reason']})",
+        "replicas": resolved["num_replicas"],
+        "devices": ", ".join(resolved["devices"]),
+        "precision": f"{resolved['precision']} "
+        f"({resolved['precision_reason']})",
+        "loss scale": resolved["loss_scale"] or "none",
+        "model": f"{config.model}, {resolved['num_parameters']:,} parameters",
+        "model and optimizer": f"{num_bytes / 2**20:.2f} MiB on each replica",
+        "batch": f"{config.global_batch_size} examples an update, in "
+        f"{config.gradient_accumulation_steps} part(s), "
+        f"{resolved['per_replica_batch_size']:g} a replica and part",
+        "length": f"{resolved['epochs']} epochs of "
+        f"{resolved['steps_per_epoch'] or 'unknown'} steps",
+        "train step": f"traced, {num_ops} operations in the compiled loop",
+        "results": config.directory,
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {v}" for name, v in lines.items())
+
+
+def make_callbacks(
+    run_dir: RunDir, trainer: dist_amp.Trainer
+) -> list[keras.callbacks.Callback]:
+    """TensorBoard, and a line of `metrics.jsonl` for each epoch and split."""
+    return [
+        keras.callbacks.TensorBoard(
+            str(run_dir.tensorboard), write_graph=False
+        ),
+        JsonLines(run_dir.metrics, lambda: trainer.global_step),
+    ]
+
+
+def _ceil_div(length: int | None, parts: int) -> int | None:
+    return None if length is None else -(-length // parts)
+
+
+def _imported(flag: str, path: str) -> Callable[..., Any]:
+    """The function that "module:function" names."""
+    module_name, _, name = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"--{flag} must be module:function of an importable module. "
+            f"Received {path}: {error}."
+        ) from error
+
+
+def _call_with(function: Callable[..., Any], **offered: Any) -> Any:
+    """Calls a user's function with those arguments that it takes."""
+    parameters = inspect.signature(function).parameters
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    return function(
+        **{
+            name: value
+            for name, value in offered.items()
+            if takes_all or name in parameters
+        }
+    )
+
+
+def _data_of(function: Callable[..., Any], config: TrainConfig) -> Data:
+    takes_split = "split" in inspect.signature(function).parameters
+    train = _user_dataset(function, "train", config)
+    test = _user_dataset(function, "test", config) if takes_split else None
+    return Data(train, test, num_classes=None)
+
+
+def _user_dataset(
+    function: Callable[..., Any], split: str, config: TrainConfig
+) -> tf.data.Dataset:
+    dataset = _call_with(
+        function,
+        split=split,
+        global_batch_size=config.batch_size,
+        seed=config.seed,
+        data_dir=config.data_dir,
+    )
+    if not isinstance(dataset, tf.data.Dataset):
+        raise ConfigError(
+            f"--dataset={config.dataset} must return a tf.data.Dataset. "
+            f"Received {type(dataset).__name__}."
+        )
+    takes_size = "global_batch_size" in inspect.signature(function).parameters
+    if takes_size or data_lib.is_batched(dataset):
+        return dataset
+    return dataset.batch(config.batch_size)
+
+
+def _make_model(config: TrainConfig, data: Data) -> keras.Model:
+    path = config.model
+    if ":" not in path:
+        path = f"dist_amp.models.{path}:build"
+    offered = {}
+    if data.num_classes is not None:
+        offered["num_classes"] = data.num_classes
+    model = _call_with(_imported("model", path), **offered)
+    if not isinstance(model, keras.Model):
+        raise ConfigError(
+            f"--model={config.model} must return a keras.Model. Received "
+            f"{type(model).__name__}."
+        )
+    return model
+
+
+def _make_loss(config: TrainConfig, model: keras.Model) -> Any:
+    if ":" in config.loss:
+        return _imported("loss", config.loss)
+    try:
+        loss = keras.losses.get(config.loss)
+    except ValueError as error:
+        raise ConfigError(
+            f"--loss must be a Keras loss or module:function. Received "
+            f"{config.loss}."
+        ) from error
+    if "crossentropy" not in config.loss:
+        return loss
+    is_probability = _last_activation(model) in ("softmax", "sigmoid")
+    loss_class = getattr(
+        keras.losses,
+        "".join(word.title() for word in config.loss.split("_")),
+    )
+    return loss_class(from_logits=not is_probability)
+
+
+def _last_activation(model: keras.Model) -> str | None:
+    for layer in reversed(model.layers):
+        activation = getattr(layer, "activation", None)
+        if activation is not None:
+            return getattr(activation, "__name__", None)
+    return None
+
+
+def _make_optimizer(
+    config: TrainConfig, total_steps: int | None
+) -> dist_amp.DistributedOptimizer:
+    optimizer_class = type(keras.optimizers.get(config.optimizer))
+    options = {
+        name: getattr(config, name)
+        for name in (*_GENERIC_OPTIONS, "momentum")
+        if getattr(config, name) is not None
+    }
+    if config.ema is not None:
+        options |= {"use_ema": True, "ema_momentum": config.ema}
+    if config.gradient_accumulation_steps > 1:
+        options["gradient_accumulation_steps"] = (
+            config.gradient_accumulation_steps
+        )
+    inner = optimizer_class(_learning_rate(config, total_steps), **options)
+    return dist_amp.wrap_optimizer(
+        inner,
+        loss_scale=_loss_scale(config.loss_scale),
+        **_loss_scale_options(config),
+    )
+
+
+def _loss_scale(text: str) -> str | float | None:
+    if text in ("auto", "dynamic"):
+        return text
+    return None if text == "none" else float(text)
+
+
+def _loss_scale_options(config: TrainConfig) -> dict[str, Any]:
+    options = {
+        "initial_scale": config.loss_scale_initial,
+        "growth_interval": config.loss_scale_growth_interval,
+        "min_scale": config.loss_scale_min,
+        "max_scale": config.loss_scale_max,
+    }
+    return {name: v for name, v in options.items() if v is not None}
+
+
+def _learning_rate(config: TrainConfig, total_steps: int | None) -> Any:
+    if config.schedule == "constant" and not config.warmup_steps:
+        return config.learning_rate
+    if config.schedule != "constant" and total_steps is None:
+        raise ConfigError(
+            f"--schedule={config.schedule} needs to know how long training "
+            "is: pass --steps or --steps_per_epoch."
+        )
+    return schedule_lib.WarmupSchedule(
+        config.learning_rate,
+        warmup_steps=config.warmup_steps,
+        total_steps=total_steps or 0,
+        decay=config.schedule,
+    )
+
+
+def _total_steps(config: TrainConfig, data: Data) -> int | None:
+    steps = config.num_steps_per_epoch or _ceil_div(
+        data_lib.length_of(data.train), config.gradient_accumulation_steps
+    )
+    return None if steps is None else steps * config.num_epochs

@@ -1,0 +1,387 @@
+"""The settings of a training run: a frozen value that checks itself.
+
+Standard library only: a mistake is found before TensorFlow is imported.
+"""
+
+import dataclasses
+from typing import Any
+
+STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
+ALL_REDUCES = ("auto", "nccl", "ring", "hierarchical_copy", "one_device")
+PRECISIONS = (
+    "auto",
+    "float32",
+    "mixed_float16",
+    "mixed_bfloat16",
+    "graph_float16",
+    "graph_bfloat16",
+)
+OPTIMIZERS = (
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "ftrl",
+    "lamb",
+    "lion",
+    "muon",
+    "nadam",
+    "rmsprop",
+    "sgd",
+)
+SCHEDULES = ("constant", "cosine", "linear")
+RESUMES = ("auto", "never", "must")
+DEFAULT_EPOCHS = 5
+
+
+def _flag(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+    return dataclasses.field(
+        default=default, metadata={"help": text, "choices": choices}
+    )
+
+
+class ConfigError(ValueError):
+    """Settings that are wrong or contradict each other."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every setting of `python -m launch.train`; one flag each."""
+
+    model: str = _flag(
+        "mlp",
+        "A model of dist_amp.models, or module:function that returns a "
+        "keras.Model.",
+    )
+    dataset: str = _flag(
+        "digits",
+        "A TFDS name, or module:function that returns a tf.data.Dataset. The "
+        "function may take split, global_batch_size (then it batches by "
+        "itself), seed and data_dir.",
+    )
+    data_dir: str | None = _flag(
+        None, "Where TFDS keeps data. Default: ~/tensorflow_datasets."
+    )
+    loss: str = _flag(
+        "sparse_categorical_crossentropy",
+        "A Keras loss, or module:function. Whether a cross-entropy takes "
+        "logits is read off the model's last activation.",
+    )
+    metrics: tuple[str, ...] = _flag(("accuracy",), "Keras metrics.")
+
+    strategy: str = _flag("auto", "How replicas are made.", STRATEGIES)
+    devices: tuple[str, ...] = _flag(
+        (), "Devices to use, as GPU:0,GPU:1. Default: all GPUs, else CPU:0."
+    )
+    num_logical_cpus: int = _flag(
+        0, "Splits the CPU into this many devices, a replica on each."
+    )
+    all_reduce: str = _flag("auto", "How gradients travel.", ALL_REDUCES)
+    tpu: str | None = _flag(None, 'Name or address of a TPU, or "local".')
+    precision: str = _flag(
+        "auto", "Dtypes; auto is the fastest safe one here.", PRECISIONS
+    )
+    loss_scale: str = _flag(
+        "auto",
+        "auto (dynamic where the precision needs it), dynamic, none, or a "
+        "number: a fixed scale.",
+    )
+    loss_scale_initial: float | None = _flag(None, "First scale [32768].")
+    loss_scale_growth_interval: int | None = _flag(
+        None, "Finite updates until the scale doubles [2000]."
+    )
+    loss_scale_min: float | None = _flag(None, "Floor [2**-14].")
+    loss_scale_max: float | None = _flag(None, "Ceiling [2**24].")
+    jit_compile: bool = _flag(
+        False, "Compiles the forward and backward pass with XLA."
+    )
+
+    global_batch_size: int = _flag(
+        32, "Examples of one update, over all replicas."
+    )
+    gradient_accumulation_steps: int = _flag(
+        1,
+        "Computes each update's gradient in so many parts, to save memory; "
+        "the result is the same.",
+    )
+    epochs: int | None = _flag(
+        None, f"Passes over the data [{DEFAULT_EPOCHS}]."
+    )
+    steps: int | None = _flag(
+        None,
+        "Updates in all, instead of epochs; one epoch of that length, "
+        "or epochs of steps_per_epoch.",
+    )
+    steps_per_epoch: int | None = _flag(
+        None, "Updates in an epoch. Default: one pass over the data."
+    )
+    steps_per_loop: str = _flag(
+        "auto", "Updates in one compiled call, or auto."
+    )
+    eval_steps: int | None = _flag(
+        None, "Batches of the test split to evaluate. Default: all."
+    )
+
+    optimizer: str = _flag("adam", "A Keras optimizer.", OPTIMIZERS)
+    learning_rate: float = _flag(1e-2, "Peak learning rate.")
+    momentum: float | None = _flag(None, "For sgd and rmsprop.")
+    warmup_steps: int = _flag(0, "Updates until the peak is reached.")
+    schedule: str = _flag(
+        "constant", "Learning rate after the warm-up.", SCHEDULES
+    )
+    weight_decay: float | None = _flag(None, "Decoupled weight decay.")
+    global_clipnorm: float | None = _flag(
+        None, "Clips the norm of the whole gradient."
+    )
+    clipnorm: float | None = _flag(
+        None, "Clips the norm of each variable's gradient."
+    )
+    clipvalue: float | None = _flag(None, "Clips each gradient entry.")
+    ema: float | None = _flag(
+        None, "Momentum of the weights' moving average, say 0.999."
+    )
+    ema_overwrite_frequency: int | None = _flag(
+        None, "Updates between overwriting the weights by their average."
+    )
+
+    seed: int = _flag(0, "Seed of weights, data order and random layers.")
+    deterministic: bool = _flag(
+        False, "Same bits every run, at some cost in speed."
+    )
+    run_dir: str | None = _flag(
+        None, "Where results go. Default: runs/MODEL-DATASET."
+    )
+    resume: str = _flag(
+        "auto",
+        "auto goes on from run_dir's checkpoint if there is one, must fails "
+        "if there is none, never starts anew and moves run_dir aside.",
+        RESUMES,
+    )
+    dry_run: bool = _flag(
+        False, "Builds, traces one step, prints the plan, and exits."
+    )
+
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        self._check_devices()
+        self._check_loss_scale()
+        self._check_batch()
+        self._check_optimizer()
+
+    # ------------------------------------------------------------ resolved
+
+    @property
+    def num_epochs(self) -> int:
+        """Epochs to train for."""
+        if self.steps is not None:
+            return self.steps // (self.steps_per_epoch or self.steps)
+        return DEFAULT_EPOCHS if self.epochs is None else self.epochs
+
+    @property
+    def num_steps_per_epoch(self) -> int | None:
+        """Updates in an epoch; None is one pass over the data."""
+        return self.steps_per_epoch or self.steps
+
+    @property
+    def loop_length(self) -> int | str:
+        """`steps_per_loop` as `Trainer.fit` takes it."""
+        if self.steps_per_loop == "auto":
+            return "auto"
+        return int(self.steps_per_loop)
+
+    @property
+    def batch_size(self) -> int:
+        """Examples in one part of an update's gradient."""
+        return self.global_batch_size // self.gradient_accumulation_steps
+
+    @property
+    def directory(self) -> str:
+        """`run_dir`, or its default."""
+        if self.run_dir:
+            return self.run_dir
+        names = (self.model, self.dataset)
+        plain = (name.replace(":", ".").replace("/", ".") for name in names)
+        return "runs/" + "-".join(plain)
+
+    # -------------------------------------------------------------- checks
+
+    def _check_choices(self) -> None:
+        for field in dataclasses.fields(self):
+            choices = field.metadata["choices"]
+            value = getattr(self, field.name)
+            if choices and value not in choices:
+                _fail(
+                    field.name,
+                    f"must be one of {', '.join(choices)}",
+                    value,
+                )
+
+    def _check_numbers(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                _fail(name, "must be positive", value)
+        for name in ("num_logical_cpus", "warmup_steps", "weight_decay"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                _fail(name, "must not be negative", value)
+        for name in ("ema", "momentum"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                _fail(name, "must be in [0, 1)", value)
+        if self.steps_per_loop != "auto" and not (
+            self.steps_per_loop.isdigit() and int(self.steps_per_loop)
+        ):
+            _fail(
+                "steps_per_loop",
+                "must be auto or a positive integer",
+                self.steps_per_loop,
+            )
+
+    def _check_devices(self) -> None:
+        if self.tpu and self.strategy not in ("auto", "tpu"):
+            _contradict(
+                "tpu", f"--strategy={self.strategy}", "drop one of them"
+            )
+        is_tpu = self.strategy == "tpu" or bool(self.tpu)
+        if is_tpu and (self.devices or self.num_logical_cpus):
+            name = "devices" if self.devices else "num_logical_cpus"
+            _contradict(name, "a TPU", "all its cores are used; drop the flag")
+        if self.strategy != "one_device":
+            return
+        if len(self.devices) > 1:
+            _contradict(
+                "devices", "--strategy=one_device", "pass --strategy=mirrored"
+            )
+        if self.num_logical_cpus > 1 and not self.devices:
+            _contradict(
+                "num_logical_cpus",
+                "--strategy=one_device",
+                "pass --strategy=mirrored",
+            )
+        if self.all_reduce != "auto":
+            _contradict(
+                "all_reduce",
+                "--strategy=one_device",
+                "there is nothing to reduce",
+            )
+
+    def _check_loss_scale(self) -> None:
+        if self.loss_scale not in ("auto", "dynamic", "none"):
+            _check_positive_number("loss_scale", self.loss_scale)
+        options = [name for name in _SCALE_OPTIONS if getattr(self, name)]
+        has_none = self.loss_scale == "none" or (
+            self.loss_scale == "auto"
+            and self.precision not in ("auto", "mixed_float16", "graph_float16")
+        )
+        is_fixed = self.loss_scale not in ("auto", "dynamic", "none")
+        if options and (has_none or is_fixed):
+            _contradict(
+                options[0],
+                f"--loss_scale={self.loss_scale} --precision={self.precision}",
+                "it would be ignored; pass --loss_scale=dynamic",
+            )
+        low = self.loss_scale_min or 2.0**-14
+        high = self.loss_scale_max or 2.0**24
+        first = self.loss_scale_initial or 2.0**15
+        if not is_fixed and not low <= first <= high:
+            _fail(
+                "loss_scale_initial",
+                f"must be between the floor {low:g} and the ceiling {high:g}",
+                first,
+            )
+        if self.jit_compile and self.precision.startswith("graph_"):
+            _contradict(
+                "jit_compile",
+                f"--precision={self.precision}",
+                "Grappler cannot rewrite what XLA compiles; pass a mixed_ "
+                "precision",
+            )
+
+    def _check_batch(self) -> None:
+        if self.epochs is not None and self.steps is not None:
+            _contradict("steps", "--epochs", "drop one of them")
+        if (self.steps or 0) % (self.steps_per_epoch or 1):
+            _fail(
+                "steps",
+                f"must be a multiple of --steps_per_epoch "
+                f"({self.steps_per_epoch})",
+                self.steps,
+            )
+        parts = self.gradient_accumulation_steps
+        replicas = len(self.devices) or self.num_logical_cpus or 1
+        unit = parts * replicas
+        if self.global_batch_size % unit:
+            lower = self.global_batch_size // unit * unit
+            fitting = [size for size in (lower, lower + unit) if size]
+            _fail(
+                "global_batch_size",
+                f"must be a multiple of the number of replicas ({replicas}) "
+                f"times --gradient_accumulation_steps ({parts}); pass "
+                f"{' or '.join(map(str, fitting))}",
+                self.global_batch_size,
+            )
+
+    def _check_optimizer(self) -> None:
+        clips = [
+            name
+            for name in ("global_clipnorm", "clipnorm", "clipvalue")
+            if getattr(self, name) is not None
+        ]
+        if len(clips) > 1:
+            _contradict(clips[1], f"--{clips[0]}", "clip in one way only")
+        if self.momentum is not None and self.optimizer not in (
+            "sgd",
+            "rmsprop",
+        ):
+            _contradict(
+                "momentum",
+                f"--optimizer={self.optimizer}",
+                "only sgd and rmsprop take it",
+            )
+        if self.ema_overwrite_frequency and self.ema is None:
+            _contradict(
+                "ema_overwrite_frequency", "no --ema", "pass --ema=0.999"
+            )
+
+
+_SCALE_OPTIONS = (
+    "loss_scale_initial",
+    "loss_scale_growth_interval",
+    "loss_scale_min",
+    "loss_scale_max",
+)
+_POSITIVE = (
+    *_SCALE_OPTIONS,
+    "global_batch_size",
+    "gradient_accumulation_steps",
+    "epochs",
+    "steps",
+    "steps_per_epoch",
+    "eval_steps",
+    "learning_rate",
+    "global_clipnorm",
+    "clipnorm",
+    "clipvalue",
+    "ema_overwrite_frequency",
+)
+
+
+def _check_positive_number(name: str, text: str) -> None:
+    try:
+        is_positive = 0 < float(text) < float("inf")
+    except ValueError:
+        is_positive = False
+    if not is_positive:
+        _fail(name, "must be auto, dynamic, none or a positive number", text)
+
+
+def _fail(name: str, rule: str, value: Any) -> None:
+    raise ConfigError(f"--{name} {rule}. Received {value}.")
+
+
+def _contradict(name: str, other: str, mend: str) -> None:
+    raise ConfigError(f"--{name} contradicts {other}: {mend}.")
