@@ -39,6 +39,7 @@ class JsonLines(keras.callbacks.Callback):
         super().__init__()
         self._path = pathlib.Path(path)
         self._global_step = global_step
+        self._is_pruned = False
 
     def on_epoch_end(
         self, epoch: int, logs: Mapping[str, Any] | None = None
@@ -54,18 +55,22 @@ class JsonLines(keras.callbacks.Callback):
         lines = [{**head, "split": "train", **logs, "time": time.time()}]
         if test:
             lines.append({**head, "split": "test", **test, "time": time.time()})
-        kept = [line for line in self._read() if line["epoch"] <= epoch]
-        text = "".join(
-            json.dumps({k: _plain(v) for k, v in line.items()}) + "\n"
-            for line in (*kept, *lines)
-        )
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text(text)
+        with self._path.open("a") as file:
+            for line in lines:
+                plain = {name: _plain(name, v) for name, v in line.items()}
+                file.write(json.dumps(plain) + "\n")
 
-    def _read(self) -> list[dict[str, Any]]:
-        if not self._path.exists():
-            return []
-        return [json.loads(line) for line in self._path.open()]
+    def on_epoch_begin(
+        self, epoch: int, logs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Drops lines of this epoch and later ones, at the first epoch."""
+        if self._is_pruned:
+            return
+        self._is_pruned = True
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        lines = self._path.open().readlines() if self._path.exists() else []
+        kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
+        self._path.write_text("".join(kept))
 
 
 class Progress(keras.callbacks.Callback):
@@ -155,7 +160,7 @@ class Progress(keras.callbacks.Callback):
 
 
 def describe_epoch(epoch: int, logs: Mapping[str, float]) -> str:
-    """Makes the line `Epoch 1, Loss: 0.3012, Accuracy: 91.50, Test Loss: ...`."""
+    """Makes a line like `Epoch 1, Loss: 0.3012, Accuracy: 91.50, ...`."""
     parts = [f"Epoch {epoch + 1}"]
     for name, value in _loss_first(logs).items():
         base = name.removeprefix("val_")
@@ -191,9 +196,8 @@ def _short(value: float) -> str:
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.4f}"
 
 
-def _plain(value: Any) -> Any:
-    """JSON has no NumPy scalars and no NaN."""
-    value = value.item() if hasattr(value, "item") else value
+def _plain(name: str, value: Any) -> Any:
+    """A value for JSON, which has no NaN; Keras makes floats of counts."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return value
+    return int(value) if name == "skipped_updates" else value

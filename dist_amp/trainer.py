@@ -1,6 +1,7 @@
 """Trainer: the outer loop over epochs, evaluations, callbacks, checkpoints."""
 
 import contextlib
+import itertools
 import logging
 import math
 import pathlib
@@ -26,6 +27,7 @@ _log = logging.getLogger(__name__)
 _SECONDS_PER_CALL = 0.2
 _MAX_STEPS_PER_CALL = 10_000
 _UNKNOWN_DIMENSION = 32
+_COUNTS = ("examples", "nonfinite_losses", "nonfinite_inputs")
 
 
 class Trainer(Steps):
@@ -172,6 +174,7 @@ class Trainer(Steps):
             verbose=0,
         )
         pace = _Pace(steps_per_loop)
+        validation = self._prepare_test(validation_data, validation_steps)
         callback_list.on_train_begin()
         logs: dict[str, float] = {}
         while self._epoch < epochs and not self._should_stop():
@@ -179,9 +182,9 @@ class Trainer(Steps):
             logs = self._train_epoch(stream, callback_list, pace)
             if self._stop_reason:
                 break
-            if validation_data is not None:
+            if validation is not None:
                 callback_list.on_test_begin()
-                results = self.evaluate(validation_data, steps=validation_steps)
+                results = self._test(*validation)
                 callback_list.on_test_end(results)
                 logs |= {f"val_{name}": v for name, v in results.items()}
             callback_list.on_epoch_end(self._epoch, logs)
@@ -211,21 +214,7 @@ class Trainer(Steps):
             ValueError: The dataset repeats for ever and `steps` is None.
         """
         self.build(dataset)
-        if steps is None and data.is_infinite(dataset):
-            raise ValueError(
-                "`steps` is needed: the dataset repeats for ever "
-                "(`validation_steps` in `fit`, --eval_steps)."
-            )
-        length = data.length_of(dataset) if steps is None else steps
-        self.metrics.reset()
-        iterator = iter(self._split(dataset).prefetch(tf.data.AUTOTUNE))
-        if length is None:
-            self._test_until_exhausted(iterator)
-        else:
-            self._test_loop(iterator, tf.constant(length))
-        results = _to_numbers(self.metrics.results())
-        self.metrics.reset()
-        return results
+        return self._test(*self._prepare_test(dataset, steps))
 
     def request_stop(self, reason: str = "asked to stop") -> None:
         """Ends `fit` after the compiled call under way, with a checkpoint.
@@ -376,7 +365,11 @@ class Trainer(Steps):
             self._step_in_epoch += num_steps
             logs = rates.add_to(read, self._step_in_epoch)
             callbacks.on_train_batch_end(self._step_in_epoch - 1, logs)
-        return logs
+        if logs or self._stop_reason:
+            return logs
+        # Resumed where an epoch ended: what is left to do is the evaluation.
+        read = _to_numbers(self.read_train_logs())
+        return rates.add_to(read, self._step_in_epoch)
 
     def _call_train_loop(
         self, stream: data.Stream, num_steps: int, micro_steps: int
@@ -400,8 +393,8 @@ class Trainer(Steps):
 
     def _check_finite(self, logs: dict[str, float], num_steps: int) -> None:
         """An optimizer that skips overflows may go on; any other may not."""
-        bad_losses = int(logs.pop("nonfinite_losses"))
-        bad_inputs = int(logs.pop("nonfinite_inputs"))
+        bad_losses = int(logs["nonfinite_losses"])
+        bad_inputs = int(logs["nonfinite_inputs"])
         if not bad_losses or self._skips_overflows:
             return
         raise FloatingPointError(
@@ -428,12 +421,38 @@ class Trainer(Steps):
             f"{self._epoch + 1}). {_blame(inputs)}"
         )
 
-    def _test_until_exhausted(self, iterator: Any) -> None:
+    def _prepare_test(
+        self, dataset: tf.data.Dataset | None, steps: int | None
+    ) -> Any:
+        """What `_test` takes; None for no dataset."""
+        if dataset is None:
+            return None
+        if steps is None and data.is_infinite(dataset):
+            raise ValueError(
+                "`steps` is needed: the dataset repeats for ever "
+                "(`validation_steps` in `fit`, --eval_steps)."
+            )
+        length = data.length_of(dataset) if steps is None else steps
+        return self._split(dataset).prefetch(tf.data.AUTOTUNE), length
+
+    def _test(
+        self, batches: tf.data.Dataset, length: int | None
+    ) -> dict[str, float]:
+        """Evaluates some batches, or all where their number is unknown."""
+        self.metrics.reset()
+        iterator = iter(batches)
         try:
-            while True:
-                self._test_loop(iterator, tf.constant(1))
+            for _ in itertools.count() if length is None else range(1):
+                self._test_loop(iterator, tf.constant(length or 1))
         except tf.errors.OutOfRangeError:
-            return
+            if length is not None:
+                raise ValueError(
+                    f"The dataset has fewer than {length} batches to "
+                    "evaluate (`validation_steps` in `fit`, --eval_steps)."
+                ) from None
+        results = _to_numbers(self.metrics.results())
+        self.metrics.reset()
+        return results
 
     def _should_stop(self) -> bool:
         return bool(self._stop_reason or self.model.stop_training)
@@ -473,14 +492,14 @@ class _Rates:
         self._num_examples = num_examples
 
     def add_to(self, logs: dict[str, float], step: int) -> dict[str, float]:
-        """Replaces the count of examples in the logs by the two rates."""
+        """Replaces the counts in the logs by the two rates."""
         seconds = time.perf_counter() - self._begin
-        num_examples = logs.pop("examples") - self._num_examples
-        rates = {
+        num_examples = logs["examples"] - self._num_examples
+        return {
+            **{name: logs[name] for name in logs if name not in _COUNTS},
             "examples_per_sec": num_examples / seconds,
             "steps_per_sec": (step - self._step) / seconds,
         }
-        return {**logs, **rates}
 
 
 def _wrapped(

@@ -10,6 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 import dist_amp
 from dist_amp import cluster as cluster_lib
@@ -91,7 +92,13 @@ def load_data(config: TrainConfig) -> Data:
     """Loads a TFDS dataset, or calls the user's function for each split."""
     if config.dataset.partition(":")[2].isidentifier():
         return _data_of(_imported("dataset", config.dataset), config)
-    builder = data_lib.prepare_tfds(config.dataset, config.data_dir)
+    try:
+        builder = data_lib.prepare_tfds(config.dataset, config.data_dir)
+    except DatasetNotFoundError as error:
+        raise ConfigError(
+            f"--dataset={config.dataset} is no dataset of TFDS, nor "
+            "module:function."
+        ) from error
     train = data_lib.read_tfds(
         builder,
         "train",
