@@ -3,6 +3,7 @@
 import json
 import math
 import pathlib
+import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -145,12 +146,13 @@ class Progress(keras.callbacks.Callback):
             if name == "loss_scale"
             or not (name in TRAIN_ONLY or name.startswith("val_"))
         ]
-        return f"epoch {self._epoch + 1} {done} {rate:.0f} steps/s, " + (
-            ", ".join(shown)
+        return f"epoch {self._epoch + 1} {done} {rate:.0f} steps/s " + (
+            " ".join(shown)
         )
 
     def _show(self, line: str) -> None:
         if self._is_terminal:
+            line = line[: shutil.get_terminal_size().columns - 1]
             padding = " " * max(0, self._width - len(line))
             self._stream.write(f"\r{line}{padding}")
             self._width = len(line)
@@ -187,13 +189,13 @@ def _loss_first(logs: Mapping[str, Any]) -> dict[str, Any]:
     return {name: logs[name] for name in sorted(logs, key=place)}
 
 
-def _bar(step: int, total: int, width: int = 20) -> str:
+def _bar(step: int, total: int, width: int = 6) -> str:
     filled = min(width, width * step // total)
     return f"[{'=' * filled}{'.' * (width - filled)}]"
 
 
 def _short(value: float) -> str:
-    return f"{value:.0f}" if float(value).is_integer() else f"{value:.4f}"
+    return f"{value:.0f}" if float(value).is_integer() else f"{value:.3f}"
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -329,7 +329,9 @@ def _rows_of_replica(
     """Slice number `replica` of `num_replicas`; sizes differ by one at most."""
     begin = replica * size // num_replicas
     end = (replica + 1) * size // num_replicas
-    return tf.nest.map_structure(lambda t: t[begin:end], tensors)
+    return tf.nest.map_structure(
+        lambda leaf: None if leaf is None else leaf[begin:end], tensors
+    )
 
 
 def _class_table(class_weight: Mapping[int, float] | None) -> tf.Tensor | None:

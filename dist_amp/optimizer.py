@@ -31,6 +31,7 @@ _PRIVATE_NAMES = {
         "_overwrite_variable_with_gradient": "float8 variables, refused",
         "_iterations": "counts attempts that were applied",
         "_accumulated_gradients": "made by `build`",
+        "_distribution_strategy": "the scope that it was made in",
     },
     "keras 3.15, Layer": {
         "_flatten_layers": "layers at any depth, inside custom layers too",
@@ -61,11 +62,12 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
         TypeError: `inner` is not an optimizer, or one that wraps others.
 
     Example:
-    >>> optimizer = dist_amp.DistributedOptimizer(keras.optimizers.SGD(0.1))
+    >>> optimizer = dist_amp.DistributedOptimizer(keras.optimizers.SGD(0.5))
     >>> weight = keras.Variable(1.0)
-    >>> optimizer.apply([tf.constant(2.0)], [weight])
+    >>> bool(optimizer.apply([tf.constant(1.0)], [weight]))
+    True
     >>> float(weight)
-    0.8
+    0.5
     """
 
     def __init__(
@@ -530,6 +532,13 @@ def wrap_optimizer(
     if loss_scale != "dynamic":
         loss_scale_options |= _fixed(loss_scale)
     return LossScaleOptimizer(optimizer, **loss_scale_options)
+
+
+def strategy_of(
+    optimizer: keras.optimizers.Optimizer,
+) -> tf.distribute.Strategy:
+    """The strategy in whose scope an optimizer was made."""
+    return optimizer._distribution_strategy
 
 
 def computes_in_float16(model: keras.Model) -> bool:

@@ -26,6 +26,11 @@ class Precision:
     Attributes:
         name: One of `PRECISIONS`.
         reason: Why this one, in words a log line can carry.
+
+    Example:
+    >>> precision = dist_amp.Precision("mixed_float16")
+    >>> precision.compute_dtype, precision.variable_dtype
+    ('float16', 'float32')
     """
 
     name: str

@@ -78,6 +78,13 @@ class Trainer(Steps):
         jit_compile: bool = False,
     ):
         strategy = model.distribute_strategy
+        if optimizer_lib.strategy_of(optimizer) is not strategy:
+            raise ValueError(
+                "The model and the optimizer must be made in one scope. "
+                f"Received a model of {type(strategy).__name__} and an "
+                "optimizer of another strategy: make both within `with "
+                "dist_amp.scope(strategy, ...)`."
+            )
         with strategy.scope():
             optimizer = _wrapped(optimizer, model)
         super().__init__(
@@ -356,6 +363,7 @@ class Trainer(Steps):
             if num_steps == 0:
                 break
             callbacks.on_train_batch_begin(self._step_in_epoch)
+            is_first_call = not pace.is_traced
             with pace.observe(num_steps):
                 read = self._call_train_loop(stream, num_steps, micro_steps)
             if read is None:
@@ -364,6 +372,8 @@ class Trainer(Steps):
             self._step += num_steps
             self._step_in_epoch += num_steps
             logs = rates.add_to(read, self._step_in_epoch)
+            if is_first_call:  # it traced the step: no measure of speed
+                rates = _Rates(self._step_in_epoch, read["examples"])
             callbacks.on_train_batch_end(self._step_in_epoch - 1, logs)
         if logs or self._stop_reason:
             return logs
@@ -459,7 +469,7 @@ class Trainer(Steps):
 
 
 class _Pace:
-    """How many updates to put in one compiled call.
+    """How many updates to put in one compiled call, and whether it is traced.
 
     "auto" starts with one, to hear of errors early, and lengthens the calls
     until one takes about `_SECONDS_PER_CALL`.
@@ -467,7 +477,7 @@ class _Pace:
 
     def __init__(self, steps_per_loop: int | str):
         self._is_auto = steps_per_loop == "auto"
-        self._is_traced = False
+        self.is_traced = False
         self.steps = 1 if steps_per_loop == "auto" else int(steps_per_loop)
 
     @contextlib.contextmanager
@@ -476,11 +486,11 @@ class _Pace:
         begin = time.perf_counter()
         yield
         seconds_per_step = (time.perf_counter() - begin) / num_steps
-        if self._is_auto and self._is_traced:
+        if self._is_auto and self.is_traced:
             fitting = int(_SECONDS_PER_CALL / seconds_per_step)
             longest = min(8 * self.steps, _MAX_STEPS_PER_CALL)
             self.steps = max(1, min(fitting, longest))
-        self._is_traced = True
+        self.is_traced = True
 
 
 class _Rates:

@@ -155,9 +155,11 @@ def make_mlp(**first_layer: Any) -> keras.Model:
     )
 
 
-def make_sgd(**options: Any) -> keras.optimizers.Optimizer:
-    """SGD with momentum and a learning rate that moves the small models."""
-    return keras.optimizers.SGD(0.1, momentum=0.9, **options)
+def make_sgd(
+    learning_rate: float = 0.05, **options: Any
+) -> keras.optimizers.Optimizer:
+    """SGD with momentum, at a rate that moves the small models."""
+    return keras.optimizers.SGD(learning_rate, momentum=0.9, **options)
 
 
 def make_loss(**options: Any) -> keras.losses.Loss:

@@ -71,11 +71,15 @@ def _weighted_arrays(num_examples=21):
 @pytest.mark.parametrize(("num_replicas", "precision"), support.FEW_CASES)
 def test_sample_weights(num_replicas, precision, reduction):
     dataset = support.batched(_weighted_arrays())
-    loss = support.make_loss(reduction=reduction)
-    trained = support.fit_trainer(
-        dataset, num_replicas=num_replicas, precision=precision, loss=loss
-    )
-    reference = support.fit_reference(dataset, precision=precision, loss=loss)
+    options = {
+        "loss": support.make_loss(reduction=reduction),
+        "make_optimizer": lambda: support.make_sgd(
+            0.05 / support.GLOBAL_BATCH if reduction == "sum" else 0.05
+        ),
+        "precision": precision,
+    }
+    trained = support.fit_trainer(dataset, num_replicas=num_replicas, **options)
+    reference = support.fit_reference(dataset, **options)
     support.assert_close(trained.weights, reference.weights, precision)
     support.assert_same_on_replicas(trained.model.variables)
 

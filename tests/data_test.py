@@ -1,0 +1,186 @@
+"""Slices, shares, and where epochs end in the stream."""
+
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from dist_amp import data
+
+
+def batches(num_examples, batch_size, *more):
+    x = tf.range(num_examples)
+    return tf.data.Dataset.from_tensor_slices((x, x % 3, *more)).batch(
+        batch_size
+    )
+
+
+def slices(dataset, **options):
+    return list(data.split(dataset, **options))
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_examples", range(1, 13))
+def test_every_example_goes_to_one_replica(num_examples, num_replicas):
+    (replicas,) = slices(batches(num_examples, 12), num_replicas=num_replicas)
+    sizes = [len(batch.x) for batch in replicas]
+    assert max(sizes) - min(sizes) <= 1
+    together = np.concatenate([batch.x for batch in replicas])
+    np.testing.assert_array_equal(together, np.arange(num_examples))
+    assert {float(batch.global_size) for batch in replicas} == {num_examples}
+
+
+@pytest.mark.parametrize("num_examples", [1, 5, 8])
+def test_shares_of_all_replicas_add_up_to_one(num_examples):
+    (replicas,) = slices(batches(num_examples, 8), num_replicas=4)
+    total = sum(float(tf.reduce_sum(batch.weight)) for batch in replicas)
+    assert total == pytest.approx(1.0)
+
+
+def test_hosts_take_their_own_replicas():
+    everything = slices(batches(8, 8), num_replicas=4)[0]
+    second_host = slices(
+        batches(8, 8), num_replicas=4, first_replica=2, num_local_replicas=2
+    )[0]
+    for mine, one in zip(second_host, everything[2:], strict=True):
+        np.testing.assert_array_equal(mine.x, one.x)
+        np.testing.assert_array_equal(mine.weight, one.weight)
+
+
+@pytest.mark.parametrize(
+    ("reduction", "expected"),
+    [
+        ("sum_over_batch_size", [0.25, 0.5, 0.75, 1.0]),
+        ("mean_with_sample_weight", [0.1, 0.2, 0.3, 0.4]),
+        ("sum", [1.0, 2.0, 3.0, 4.0]),
+    ],
+)
+def test_sample_weights_by_reduction(reduction, expected):
+    weight = tf.constant([1.0, 2.0, 3.0, 4.0])
+    ((first, second),) = slices(
+        batches(4, 4, weight), num_replicas=2, reduction=reduction
+    )
+    np.testing.assert_allclose([*first.weight, *second.weight], expected)
+
+
+@pytest.mark.parametrize("one_hot", [False, True])
+def test_class_weights_multiply_sample_weights(one_hot):
+    y = tf.constant([0, 1, 2, 5])
+    y = tf.one_hot(y, 6) if one_hot else y
+    dataset = tf.data.Dataset.from_tensors(
+        (tf.zeros([4, 2]), y, tf.constant([1.0, 1.0, 2.0, 1.0]))
+    )
+    ((batch,),) = slices(
+        dataset, reduction="sum", class_weight={0: 3.0, 2: 0.5}
+    )
+    np.testing.assert_allclose(batch.weight, [3.0, 1.0, 1.0, 1.0])
+
+
+def test_inputs_without_targets_and_nested_inputs():
+    dataset = tf.data.Dataset.from_tensors(
+        {"a": tf.zeros([4, 2]), "b": tf.ones([4])}
+    )
+    ((first, second),) = slices(dataset, num_replicas=2)
+    assert first.y is None
+    assert second.x["a"].shape == (2, 2)
+
+
+def test_a_batch_size_that_does_not_fit_is_refused_with_two_that_do():
+    dataset = batches(20, 10).map(
+        lambda x, y: (tf.ensure_shape(x, [10]), tf.ensure_shape(y, [10]))
+    )
+    with pytest.raises(ValueError, match=r"Received 10 with 4 .*8 or 12"):
+        data.split(dataset, num_replicas=4)
+
+
+def test_an_element_of_four_parts_is_refused():
+    dataset = tf.data.Dataset.from_tensors((1, 2, 3, 4)).batch(2)
+    with pytest.raises(ValueError, match="Received 4 parts"):
+        data.split(dataset)
+
+
+def read(stream, num_batches):
+    return [int(next(stream.iterator)[0].x[0]) for _ in range(num_batches)]
+
+
+def test_stream_goes_round_and_resumes_anywhere():
+    dataset = data.split(batches(10, 2))
+    stream = data.Stream(dataset)
+    stream.open()
+    straight = read(stream, 12)
+    for epochs, steps in [(0, 3), (1, 0), (1, 4)]:
+        resumed = data.Stream(dataset)
+        resumed.open(epochs, steps)
+        done = 5 * epochs + steps
+        assert read(resumed, 12 - done) == straight[done:]
+
+
+def test_accumulation_ends_an_epoch_with_a_shorter_step():
+    stream = data.Stream(data.split(batches(14, 2)), batches_per_step=3)
+    assert stream.steps_per_epoch == 3
+    assert stream.next_call(0, wanted=9) == (2, 3)
+    assert stream.next_call(2, wanted=9) == (1, 1)
+    assert stream.next_call(3, wanted=9) == (0, 0)
+
+
+def test_steps_per_epoch_overrides_the_length():
+    stream = data.Stream(data.split(batches(4, 2).repeat()), steps_per_epoch=7)
+    assert stream.next_call(0, wanted=5) == (5, 1)
+    assert stream.next_call(5, wanted=5) == (2, 1)
+    assert stream.next_call(7, wanted=5) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        (batches(4, 2).repeat(), {}, "repeats for ever"),
+        (batches(4, 2).take(0), {}, "empty"),
+        (
+            batches(4, 2).filter(lambda *_: True),
+            {"batches_per_step": 2},
+            "cannot tell",
+        ),
+    ],
+)
+def test_a_stream_that_cannot_be_counted_is_an_error(dataset, options, message):
+    with pytest.raises(ValueError, match=message):
+        data.Stream(data.split(dataset), **options)
+
+
+def test_digits_need_no_network_and_are_prepared_once(tmp_path):
+    builder = data.prepare_tfds("digits", str(tmp_path))
+    written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
+    builder = data.prepare_tfds("digits", str(tmp_path))
+    assert written == {path: path.stat().st_mtime_ns for path in written}
+    assert data.num_classes_of(builder) == 10
+    assert data.test_split_of(builder) == "test"
+    train = data.read_tfds(
+        builder, "train", global_batch_size=100, shuffle_seed=1
+    )
+    test = data.read_tfds(builder, "test", global_batch_size=100)
+    assert (data.length_of(train), data.length_of(test)) == (15, 4)
+    x, y = next(iter(train))
+    assert x.shape == (100, 8, 8, 1)
+    assert x.dtype == tf.float32
+    assert 0.9 < float(tf.reduce_max(x)) <= 1.0
+    assert set(y.numpy()) == set(range(10))
+
+
+def test_digits_are_shuffled_anew_each_epoch_and_alike_for_a_seed(tmp_path):
+    builder = data.prepare_tfds("digits", str(tmp_path))
+
+    def labels():
+        dataset = data.read_tfds(
+            builder, "train", global_batch_size=1437, shuffle_seed=3
+        )
+        return [y.numpy().tolist() for _, y in dataset.repeat().take(2)]
+
+    first, second = labels()
+    assert first != second
+    assert sorted(first) == sorted(second)
+    assert labels() == [first, second]
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

@@ -1,0 +1,75 @@
+"""The code in README.md and in the docstrings runs and says what it says."""
+
+import doctest
+import importlib
+import pathlib
+import re
+import subprocess
+import sys
+
+import keras
+import pytest
+import tensorflow as tf
+
+import dist_amp
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+MODULES = ["optimizer", "precision", "strategy", "trainer", "loss_scale"]
+MODULES += ["schedule"]
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_of_the_readme_runs(code):
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_readmes_own_model_and_data_train(tmp_path):
+    (script,) = (code for code in blocks("sh") if "mine.py" in code)
+    script = script.replace("python -m", f"{sys.executable} -m")
+    done = subprocess.run(
+        ["bash", "-ec", script],
+        cwd=tmp_path,
+        env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Epoch 5, Loss" in done.stdout
+    assert (tmp_path / "runs" / "mine" / "model.keras").exists()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples_run(name):
+    module = importlib.import_module(f"dist_amp.{name}")
+    names = {**vars(module), "dist_amp": dist_amp, "keras": keras, "tf": tf}
+    failed, attempted = doctest.testmod(
+        module, extraglobs=names, optionflags=doctest.NORMALIZE_WHITESPACE
+    )
+    assert attempted
+    assert not failed
+
+
+def test_every_public_name_has_an_example():
+    classes = [getattr(dist_amp, name) for name in dist_amp.__all__]
+    missing = [
+        one.__name__ for one in classes if ">>>" not in (one.__doc__ or "")
+    ]
+    assert not missing
+
+
+def test_the_flags_of_the_readme_exist():
+    from launch.config import TrainConfig
+
+    words = re.findall(r"--(\w+)", "".join(blocks("sh")))
+    fields = TrainConfig.__dataclass_fields__
+    assert set(words) - {"help"} <= set(fields)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

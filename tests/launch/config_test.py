@@ -1,0 +1,142 @@
+"""Settings check themselves and name the flag."""
+
+import dataclasses
+import subprocess
+import sys
+import time
+
+import pytest
+
+from launch.config import ConfigError, TrainConfig
+from launch.run_dir import RunDir
+
+
+def test_defaults_are_the_tutorials_job():
+    config = TrainConfig()
+    assert (config.model, config.dataset) == ("mlp", "digits")
+    assert config.num_epochs == 5
+    assert config.directory == "runs/mlp-digits"
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"precision": "float8"}, "--precision must be one of"),
+        ({"epochs": 0}, "--epochs must be positive"),
+        ({"epochs": 2, "steps": 3}, "--steps contradicts --epochs"),
+        ({"steps": 10, "steps_per_epoch": 4}, "multiple of --steps_per_epoch"),
+        ({"steps_per_loop": "fast"}, "--steps_per_loop must be auto"),
+        ({"loss_scale": "big"}, "--loss_scale must be auto, dynamic"),
+        ({"loss_scale": "-2"}, "--loss_scale must be auto, dynamic"),
+        (
+            {"loss_scale": "128", "loss_scale_initial": 8.0},
+            "--loss_scale_initial contradicts --loss_scale=128",
+        ),
+        (
+            {"precision": "float32", "loss_scale_growth_interval": 5},
+            "--loss_scale_growth_interval contradicts",
+        ),
+        (
+            {"loss_scale": "dynamic", "loss_scale_max": 8.0},
+            "--loss_scale_initial must be between",
+        ),
+        (
+            {"clipnorm": 1.0, "clipvalue": 1.0},
+            "--clipvalue contradicts --clipnorm",
+        ),
+        ({"momentum": 0.9}, "--momentum contradicts --optimizer=adam"),
+        ({"ema": 1.0}, r"--ema must be in \[0, 1\)"),
+        ({"ema_overwrite_frequency": 5}, "pass --ema"),
+        ({"weight_decay": -0.1}, "--weight_decay must not be negative"),
+        (
+            {"strategy": "one_device", "devices": ("GPU:0", "GPU:1")},
+            "pass --strategy=mirrored",
+        ),
+        (
+            {"strategy": "one_device", "num_logical_cpus": 2},
+            "--num_logical_cpus contradicts",
+        ),
+        ({"strategy": "mirrored", "tpu": "x"}, "--tpu contradicts"),
+        ({"tpu": "x", "num_logical_cpus": 2}, "--num_logical_cpus contradicts"),
+        (
+            {"jit_compile": True, "precision": "graph_float16"},
+            "--jit_compile contradicts",
+        ),
+        (
+            {"global_batch_size": 30, "num_logical_cpus": 4},
+            "pass 28 or 32. Received 30",
+        ),
+        (
+            {"global_batch_size": 4, "gradient_accumulation_steps": 3},
+            "pass 3 or 6. Received 4",
+        ),
+    ],
+)
+def test_a_wrong_setting_is_an_error_that_names_the_flag(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig(**settings)
+
+
+def test_steps_are_one_epoch_or_several():
+    assert TrainConfig(steps=12).num_epochs == 1
+    assert TrainConfig(steps=12).num_steps_per_epoch == 12
+    split = TrainConfig(steps=12, steps_per_epoch=4)
+    assert (split.num_epochs, split.num_steps_per_epoch) == (3, 4)
+
+
+def test_a_folder_with_other_settings_is_refused(tmp_path):
+    before = TrainConfig(seed=1)
+    run_dir = RunDir(str(tmp_path))
+    run_dir.check(before)
+    run_dir.prepare(before)
+    run_dir.write_config(before)
+    run_dir.checkpoints.mkdir()
+    (run_dir.checkpoints / "checkpoint").touch()
+    run_dir.check(dataclasses.replace(before, epochs=9))
+    with pytest.raises(ConfigError, match="--seed=1 there, 2 here"):
+        run_dir.check(TrainConfig(seed=2))
+
+
+def test_never_resuming_moves_the_earlier_run_aside(tmp_path):
+    run_dir = RunDir(str(tmp_path / "run"))
+    config = TrainConfig(resume="never")
+    assert run_dir.prepare(config) is None
+    run_dir.metrics.touch()
+    moved = run_dir.prepare(config)
+    assert (moved / "metrics.jsonl").exists()
+    assert not run_dir.metrics.exists()
+
+
+def test_a_must_resume_needs_a_checkpoint(tmp_path):
+    with pytest.raises(ConfigError, match="--resume=must: there is no"):
+        RunDir(str(tmp_path)).check(TrainConfig(resume="must"))
+
+
+def test_help_names_every_flag_and_needs_no_tensorflow():
+    """The fastest of three, since a shared machine may stall."""
+    seconds = []
+    for _ in range(3):
+        begin = time.perf_counter()
+        done = subprocess.run(
+            [
+                sys.executable,
+                "-X",
+                "importtime",
+                "-m",
+                "launch.train",
+                "--help",
+            ],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        seconds.append(time.perf_counter() - begin)
+    assert done.returncode == 0
+    assert "tensorflow" not in done.stderr
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name}\n" in done.stdout
+    assert min(seconds) < 1.0
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

@@ -1,0 +1,291 @@
+"""Trainer.fit and evaluate: the outer loop, callbacks, errors."""
+
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import dist_amp
+from tests import support
+
+
+def fit(trainer, dataset=None, **options):
+    dataset = support.make_dataset() if dataset is None else dataset
+    return trainer.fit(dataset, **{"epochs": 2, "verbose": 0, **options})
+
+
+def test_history_has_a_number_an_epoch_for_each_name():
+    trainer = support.make_trainer(metrics=["accuracy"])
+    history = fit(trainer, validation_data=support.make_dataset(5))
+    assert isinstance(history, keras.callbacks.History)
+    assert history.epoch == [0, 1]
+    names = ("loss", "accuracy", "val_loss", "val_accuracy", "loss_scale")
+    assert {len(history.history[name]) for name in names} == {2}
+
+
+@pytest.mark.parametrize("steps_per_loop", [1, 2, 100, "auto"])
+def test_steps_per_loop_changes_nothing_but_the_calls(steps_per_loop):
+    trained = support.fit_trainer(
+        support.make_dataset(30), fit={"steps_per_loop": steps_per_loop}
+    )
+    expected = support.fit_reference(support.make_dataset(30))
+    support.assert_close(trained.weights, expected.weights)
+
+
+def test_callbacks_hear_of_the_end_of_each_call():
+    ends = []
+    callback = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: ends.append(batch)
+    )
+    fit(
+        support.make_trainer(),
+        support.make_dataset(40),
+        steps_per_loop=2,
+        callbacks=[callback],
+        epochs=1,
+    )
+    assert ends == [1, 3, 4]
+
+
+@pytest.mark.parametrize("steps_per_loop", [1, 3])
+def test_a_dataset_of_unknown_length_is_trained_to_its_end(steps_per_loop):
+    known = support.make_dataset(30)
+    unknown = known.filter(lambda *_: True)
+    options = {"epochs": 3, "steps_per_loop": steps_per_loop}
+    expected = support.fit_trainer(known, fit=options)
+    trained = support.fit_trainer(
+        unknown, fit={**options, "validation_data": unknown}
+    )
+    support.assert_close(trained.weights, expected.weights)
+    assert trained.trainer.global_step == 3 * 4
+    np.testing.assert_allclose(
+        trained.history["val_loss"][-1],
+        expected.trainer.evaluate(known)["loss"],
+        rtol=1e-5,
+    )
+
+
+def test_steps_per_epoch_goes_on_in_the_data():
+    """Three epochs of two steps are one pass over six batches."""
+    dataset = support.make_dataset(48)
+    in_parts = support.fit_trainer(
+        dataset, fit={"epochs": 3, "steps_per_epoch": 2}
+    )
+    at_once = support.fit_trainer(dataset, fit={"epochs": 1})
+    support.assert_close(in_parts.weights, at_once.weights)
+
+
+def test_a_subclassed_model_is_built_from_the_data():
+    class Net(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.dense = keras.layers.Dense(support.NUM_CLASSES)
+
+        def call(self, x):  # no `training` argument
+            return self.dense(x)
+
+    trainer = support.make_trainer(Net, num_replicas=2)
+    fit(trainer)
+    assert len(trainer.model.trainable_variables) == 2
+
+
+def test_train_step_can_be_overridden():
+    class Doubled(dist_amp.Trainer):
+        def compute_loss(self, batch, predictions):
+            return 2.0 * super().compute_loss(batch, predictions)
+
+    class TwoCalls(dist_amp.Trainer):
+        def train_step(self, batch):
+            with tf.GradientTape() as tape:
+                predictions = self.model(batch.x, training=True)
+                loss = 2.0 * self.compute_loss(batch, predictions)
+            variables = self.model.trainable_variables
+            self.optimizer.apply(tape.gradient(loss, variables), variables)
+            self.metrics.update(batch, loss, predictions)
+
+    losses = []
+    for trainer_class in (Doubled, TwoCalls):
+        keras.utils.set_random_seed(0)
+        with dist_amp.scope(support.make_strategy(2), "float32"):
+            model, optimizer = support.make_mlp(), support.make_sgd()
+        trainer = trainer_class(model, optimizer, loss=support.make_loss())
+        losses.append(fit(trainer).history["loss"])
+    np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+def test_a_plain_optimizer_is_wrapped_for_the_models_precision():
+    with dist_amp.scope(support.make_strategy(2), "mixed_float16"):
+        model, optimizer = support.make_mlp(), support.make_sgd()
+    trainer = dist_amp.Trainer(model, optimizer, loss=support.make_loss())
+    assert isinstance(trainer.optimizer, dist_amp.LossScaleOptimizer)
+    fit(trainer)
+
+
+def test_an_optimizer_of_another_scope_is_refused():
+    with dist_amp.scope(support.make_strategy(2), "float32"):
+        model = support.make_mlp()
+    with pytest.raises(ValueError, match="made in one scope"):
+        dist_amp.Trainer(model, support.make_sgd(), loss=support.make_loss())
+
+
+# ------------------------------------------------------------ Keras callbacks
+
+
+def test_early_stopping_stops_and_restores_the_best():
+    trainer = support.make_trainer(num_replicas=2)
+    stopping = keras.callbacks.EarlyStopping(
+        "loss", mode="max", patience=0, restore_best_weights=True
+    )
+    fit(trainer, epochs=9, callbacks=[stopping])
+    expected = support.fit_trainer(support.make_dataset(), fit={"epochs": 1})
+    assert stopping.stopped_epoch == 1
+    support.assert_close(
+        support.read(trainer.model.variables), expected.weights
+    )
+
+
+def test_learning_rate_callbacks_reach_the_optimizer():
+    trainer = support.make_trainer(num_replicas=2)
+    history = fit(
+        trainer,
+        epochs=3,
+        callbacks=[
+            keras.callbacks.LearningRateScheduler(lambda epoch: 0.5**epoch)
+        ],
+    )
+    assert history.history["learning_rate"] == [1.0, 0.5, 0.25]
+
+
+def test_reduce_lr_on_plateau_halves():
+    trainer = support.make_trainer(num_replicas=2)
+    plateau = keras.callbacks.ReduceLROnPlateau(
+        "loss", mode="max", factor=0.5, patience=1
+    )
+    fit(trainer, epochs=3, callbacks=[plateau])
+    assert float(trainer.optimizer.learning_rate.numpy()) == pytest.approx(
+        0.025
+    )
+
+
+def test_files_of_callbacks(tmp_path):
+    trainer = support.make_trainer(num_replicas=2, metrics=["accuracy"])
+    fit(
+        trainer,
+        validation_data=support.make_dataset(),
+        callbacks=[
+            keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras"),
+            keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+            keras.callbacks.TensorBoard(tmp_path / "tb", write_graph=False),
+        ],
+    )
+    loaded = keras.models.load_model(tmp_path / "2.keras")
+    support.assert_close(
+        support.read(loaded.variables),
+        support.read(trainer.model.variables),
+    )
+    header, *lines = (tmp_path / "log.csv").read_text().splitlines()
+    assert "val_accuracy" in header
+    assert len(lines) == 2
+    assert list((tmp_path / "tb").rglob("events*"))
+
+
+# --------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "`epochs` must be a positive integer"),
+        ({"steps_per_loop": "fast"}, "`steps_per_loop` must be"),
+        ({"steps_per_epoch": -1}, "`steps_per_epoch` must be"),
+        ({"validation_steps": 0}, "`validation_steps` must be"),
+    ],
+)
+def test_a_count_out_of_range_is_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        fit(support.make_trainer(), **options)
+
+
+def test_validation_for_ever_is_refused_before_training():
+    trainer = support.make_trainer()
+    with pytest.raises(ValueError, match="validation_steps"):
+        fit(trainer, validation_data=support.make_dataset().repeat())
+    assert trainer.global_step == 0
+
+
+def test_too_many_validation_steps_are_an_error():
+    with pytest.raises(ValueError, match="fewer than 9 batches"):
+        support.make_trainer().evaluate(support.make_dataset(), steps=9)
+
+
+def test_nothing_to_minimize_is_an_error():
+    with pytest.raises(ValueError, match="nothing to minimize"):
+        fit(support.make_trainer(loss=None))
+
+
+def test_a_loss_that_is_reduced_already_is_refused():
+    def scalar(y, prediction):
+        return tf.reduce_mean(tf.square(prediction))
+
+    with pytest.raises(ValueError, match="one value for each example"):
+        fit(support.make_trainer(loss=scalar))
+
+
+@pytest.mark.parametrize("num_replicas", support.NUM_REPLICAS)
+def test_nan_in_float32_is_an_error_that_blames_the_data(num_replicas):
+    x, y = support.make_arrays(24)
+    x[-1] = np.nan
+    trainer = support.make_trainer(num_replicas=num_replicas)
+    with pytest.raises(FloatingPointError, match="The data is the cause"):
+        fit(trainer, support.batched((x, y)))
+
+
+def test_divergence_in_float32_blames_the_model():
+    trainer = support.make_trainer(
+        make_optimizer=lambda: keras.optimizers.SGD(1e38)
+    )
+    with pytest.raises(FloatingPointError, match="lower learning rate"):
+        fit(trainer, epochs=9)
+
+
+def test_a_stop_that_was_asked_for_ends_with_a_checkpoint(tmp_path):
+    trainer = support.make_trainer()
+    callback = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: trainer.request_stop("enough")
+    )
+    fit(
+        trainer,
+        steps_per_loop=1,
+        callbacks=[callback],
+        checkpoint_dir=tmp_path,
+    )
+    assert trainer.stop_reason == "enough"
+    assert trainer.global_step == 1
+    assert (tmp_path / "ckpt-1.index").exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path):
+    fit(support.make_trainer(), checkpoint_dir=tmp_path)
+    other = support.make_trainer(
+        make_optimizer=lambda: keras.optimizers.Adam(0.1)
+    )
+    with pytest.raises(ValueError, match="of another model or optimizer"):
+        fit(other, epochs=3, checkpoint_dir=tmp_path)
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path):
+    first = support.make_trainer()
+    fit(first, checkpoint_dir=tmp_path)
+    second = support.make_trainer(seed=1)
+    history = fit(second, checkpoint_dir=tmp_path)
+    assert history.epoch == []
+    support.assert_close(
+        support.read(second.model.variables),
+        support.read(first.model.variables),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
