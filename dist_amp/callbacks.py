@@ -83,7 +83,8 @@ class Progress(keras.callbacks.Callback):
     Args:
         stream: Where to write; standard output by default.
         describe: Makes the line that ends an epoch from `(epoch, logs)`.
-        seconds_between_lines: How often a file gets a line within an epoch.
+        seconds_between_lines: How often a file gets a line within an epoch;
+            `math.inf`: neither a file nor a terminal gets one.
         clock: Seconds, as `time.monotonic`.
     """
 
@@ -99,7 +100,10 @@ class Progress(keras.callbacks.Callback):
         self._stream = stream or sys.stdout
         self._describe = describe or describe_epoch
         self._clock = clock
-        self._is_terminal = self._stream.isatty()
+        # One line an epoch is asked for by an infinite interval.
+        self._is_terminal = self._stream.isatty() and math.isfinite(
+            seconds_between_lines
+        )
         self._interval = 0.1 if self._is_terminal else seconds_between_lines
         self._last_shown = self._clock()
         self._epoch = 0

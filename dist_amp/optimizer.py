@@ -548,6 +548,14 @@ def computes_in_float16(model: keras.Model) -> bool:
     )
 
 
+def is_synchronized(model: keras.Model) -> bool:
+    """Whether a layer talks to the other replicas in the forward pass."""
+    return any(
+        getattr(layer, "synchronized", False)
+        for layer in model._flatten_layers()
+    )
+
+
 def moving_statistics(model: keras.Model) -> list[keras.Variable]:
     """Floats that a layer in training mode may assign, like batch norm's.
 

@@ -41,6 +41,7 @@ class Steps:
         self.optimizer = optimizer
         self.loss = _resolve_loss(loss)
         self.strategy = strategy
+        self.jit_compile = jit_compile
         with strategy.scope():
             self.metrics = MetricSet(metrics, loss=self.loss)
         # Only for XLA: a nested function would forbid layers that talk to

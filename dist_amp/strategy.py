@@ -24,7 +24,8 @@ def make_strategy(
         kind: "one_device", "mirrored" (several devices of this host),
             "multi_worker", "tpu", or "auto": see `choose`.
         devices: Devices of this host to use, say `["GPU:0", "GPU:1"]` or
-            `["CPU:0", "CPU:1"]`; by default every GPU, else CPU 0.
+            `["CPU:0", "CPU:1"]`; by default every GPU, else CPU 0, or every
+            logical CPU if `kind` is "mirrored".
         all_reduce: How gradients travel: "nccl", "ring" (gRPC),
             "hierarchical_copy", "one_device" (sum on one device, copy back),
             or "auto": what TensorFlow prefers on GPUs, "one_device" on CPUs.
@@ -46,10 +47,10 @@ def make_strategy(
     _check_arguments(kind, devices, all_reduce, tpu)
     if cluster is None and kind in ("auto", "multi_worker"):
         cluster = cluster_lib.from_environment()
-    found = _find(devices) if kind != "tpu" else []
-    kind, _ = choose(kind, devices=found, cluster=cluster, tpu=tpu)
-    if kind == "tpu":
+    if kind == "tpu" or tpu:
         return _tpu_strategy(tpu or "local")
+    found = find_devices(devices, all_cpus=kind == "mirrored")
+    kind, _ = choose(kind, devices=found, cluster=cluster)
     if kind == "multi_worker":
         return _multi_worker_strategy(all_reduce, cluster)
     if kind == "one_device":
@@ -90,16 +91,33 @@ def choose(
     return "one_device", f"one device ({devices[0]})"
 
 
-def find_devices(devices: Sequence[str] | None = None) -> list[str]:
-    """The devices that `make_strategy` would use, as "GPU:0" and the like.
+def find_devices(
+    devices: Sequence[str] | None = None, *, all_cpus: bool = False
+) -> list[str]:
+    """The devices that `make_strategy` uses, as "GPU:0" and the like.
 
     Args:
         devices: As in `make_strategy`.
+        all_cpus: Without a GPU, whether every logical CPU counts, or one.
 
     Raises:
         ValueError: A device that was asked for is missing.
     """
-    return _find(devices)
+    gpus, cpus = _names("GPU"), _names("CPU")
+    if devices is None:
+        return gpus or (cpus if all_cpus else cpus[:1])
+    canonical = [_canonical(device) for device in devices]
+    missing = [d for d in canonical if d not in gpus + cpus]
+    if missing or not canonical:
+        raise ValueError(
+            f"`devices` must be devices of this host: {gpus + cpus}. Received "
+            f"{list(devices)} (--devices, --num_logical_cpus)."
+        )
+    if len(set(canonical)) != len(canonical):
+        raise ValueError(
+            f"`devices` must differ. Received {list(devices)} (--devices)."
+        )
+    return canonical
 
 
 def use_logical_cpus(number: int) -> None:
@@ -150,25 +168,6 @@ def _check_arguments(
             "`kind='one_device'` takes one device. Received "
             f"{list(devices)}; pass kind='mirrored' (--strategy=mirrored)."
         )
-
-
-def _find(devices: Sequence[str] | None) -> list[str]:
-    gpus = _names("GPU")
-    if devices is None:
-        return gpus or _names("CPU")[:1]
-    available = gpus + _names("CPU")
-    canonical = [_canonical(device) for device in devices]
-    missing = [d for d in canonical if d not in available]
-    if missing or not canonical:
-        raise ValueError(
-            f"`devices` must be devices of this host: {available}. Received "
-            f"{list(devices)} (--devices, --num_logical_cpus)."
-        )
-    if len(set(canonical)) != len(canonical):
-        raise ValueError(
-            f"`devices` must differ. Received {list(devices)} (--devices)."
-        )
-    return canonical
 
 
 def _names(kind: str) -> list[str]:

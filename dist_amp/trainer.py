@@ -258,6 +258,7 @@ class Trainer(Steps):
             predictions = self.model(x, training=False)
             self.optimizer.build(self.model.trainable_variables)
             self.metrics.build(y, predictions)
+        self._check_can_compile()
         spread_seeds(self.model, self.strategy, self._replica_ids[0])
         self._is_built = True
 
@@ -281,6 +282,18 @@ class Trainer(Steps):
         )
 
     # ------------------------------------------------------------ private
+
+    def _check_can_compile(self) -> None:
+        if (
+            self.jit_compile
+            and self.strategy.num_replicas_in_sync > 1
+            and optimizer_lib.is_synchronized(self.model)
+        ):
+            raise ValueError(
+                "`jit_compile` on several replicas cannot compile layers that "
+                "talk to other replicas, like BatchNormalization("
+                "synchronized=True); turn one of them off (--nojit_compile)."
+            )
 
     def _split(
         self,

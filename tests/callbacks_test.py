@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import sys
 
 import pytest
@@ -78,6 +79,16 @@ def test_a_file_gets_a_line_now_and_then_and_no_control_characters():
     assert len(lines) == 2
     assert "30/40" in lines[0]
     assert "\r" not in stream.getvalue()
+
+
+def test_a_line_an_epoch_is_all_that_verbose_2_shows():
+    stream = Terminal()
+    progress = Progress(stream, seconds_between_lines=math.inf)
+    progress.set_params({"steps": 40})
+    progress.on_epoch_begin(0)
+    progress.on_train_batch_end(1, TRAIN_LOGS)
+    progress.on_epoch_end(0, LOGS)
+    assert stream.getvalue() == describe_epoch(0, LOGS) + "\n"
 
 
 def write(path, epochs, step=7):

@@ -21,6 +21,11 @@ def test_auto_mirrors_two_devices():
     assert made.num_replicas_in_sync == 2
 
 
+def test_mirrored_takes_every_logical_cpu_where_there_is_no_gpu():
+    made = dist_amp.make_strategy("mirrored")
+    assert made.num_replicas_in_sync == 4
+
+
 @pytest.mark.parametrize(
     ("devices", "options", "kind"),
     [

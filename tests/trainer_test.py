@@ -159,7 +159,9 @@ def test_learning_rate_callbacks_reach_the_optimizer():
 
 
 def test_reduce_lr_on_plateau_halves():
-    trainer = support.make_trainer(num_replicas=2)
+    trainer = support.make_trainer(
+        make_optimizer=lambda: keras.optimizers.SGD(0.1), num_replicas=2
+    )
     plateau = keras.callbacks.ReduceLROnPlateau(
         "loss", mode="max", factor=0.5, patience=1
     )
@@ -218,6 +220,20 @@ def test_validation_for_ever_is_refused_before_training():
 def test_too_many_validation_steps_are_an_error():
     with pytest.raises(ValueError, match="fewer than 9 batches"):
         support.make_trainer().evaluate(support.make_dataset(), steps=9)
+
+
+def test_xla_and_synchronized_layers_are_refused_together():
+    def make_model():
+        return keras.Sequential(
+            [
+                keras.Input((support.NUM_FEATURES,)),
+                keras.layers.BatchNormalization(synchronized=True),
+                keras.layers.Dense(support.NUM_CLASSES),
+            ]
+        )
+
+    with pytest.raises(ValueError, match="synchronized=True"):
+        fit(support.make_trainer(make_model, num_replicas=2, jit_compile=True))
 
 
 def test_nothing_to_minimize_is_an_error():
