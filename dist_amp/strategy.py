@@ -45,14 +45,19 @@ def make_strategy(
     1
     """
     _check_arguments(kind, devices, all_reduce, tpu)
-    if cluster is None and kind in ("auto", "multi_worker"):
-        cluster = cluster_lib.from_environment()
+    if cluster is not None and kind not in ("auto", "multi_worker"):
+        raise ValueError(
+            f"`cluster` needs `kind='multi_worker'`. Received kind={kind!r}."
+        )
+    if kind in ("auto", "multi_worker"):
+        cluster = cluster or cluster_lib.from_environment()
     if kind == "tpu" or tpu:
         return _tpu_strategy(tpu or "local")
-    found = find_devices(devices, all_cpus=kind == "mirrored")
-    kind, _ = choose(kind, devices=found, cluster=cluster)
-    if kind == "multi_worker":
+    if kind == "multi_worker" or cluster:
+        # First of all: nothing may have touched a device before it.
         return _multi_worker_strategy(all_reduce, cluster)
+    found = find_devices(devices, all_cpus=kind == "mirrored")
+    kind, _ = choose(kind, devices=found)
     if kind == "one_device":
         return _one_device_strategy(found, all_reduce)
     return tf.distribute.MirroredStrategy(

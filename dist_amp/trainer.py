@@ -103,6 +103,7 @@ class Trainer(Steps):
         self._is_built = False
         self._checkpointer: Checkpointer | None = None
         self._epoch = self._step_in_epoch = self._step = 0
+        self._stop_request: str | None = None
         self._stop_reason: str | None = None
 
     # ------------------------------------------------------------- public
@@ -187,7 +188,7 @@ class Trainer(Steps):
         while self._epoch < epochs and not self._should_stop():
             callback_list.on_epoch_begin(self._epoch)
             logs = self._train_epoch(stream, callback_list, pace)
-            if self._stop_reason:
+            if self._stop_request:
                 break
             if validation is not None:
                 callback_list.on_test_begin()
@@ -198,13 +199,7 @@ class Trainer(Steps):
             self._epoch, self._step_in_epoch = self._epoch + 1, 0
             self.metrics.reset()
             self._save()
-        if self._stop_reason:
-            self._save()
-            _log.info("stopped at step %d: %s", self._step, self._stop_reason)
-        else:
-            self.optimizer.finalize_variable_values(
-                self.model.trainable_variables
-            )
+        self._end(is_finished=self._epoch >= epochs)
         callback_list.on_train_end(logs)
         return self.model.history
 
@@ -231,11 +226,11 @@ class Trainer(Steps):
         Args:
             reason: For the log.
         """
-        self._stop_reason = reason
+        self._stop_request = reason
 
     @property
     def stop_reason(self) -> str | None:
-        """What `request_stop` was given, if it ended the last `fit`."""
+        """What `request_stop` was given, if it cut the last `fit` short."""
         return self._stop_reason
 
     @property
@@ -317,7 +312,6 @@ class Trainer(Steps):
     ) -> None:
         """Opens the stream at the beginning, or where a checkpoint says."""
         self.model.stop_training = False
-        self._stop_reason = None
         self._epoch, self._step_in_epoch, self._step = initial_epoch, 0, 0
         self.metrics.reset()
         self._checkpointer = None
@@ -340,6 +334,20 @@ class Trainer(Steps):
             self._step,
             self._epoch + 1,
         )
+
+    def _end(self, *, is_finished: bool) -> None:
+        """Saves a run that was cut short; averages the weights of another."""
+        is_cut = bool(self._stop_request) and not is_finished
+        self._stop_reason = self._stop_request if is_cut else None
+        self._stop_request = None
+        if not is_cut:
+            self.optimizer.finalize_variable_values(
+                self.model.trainable_variables
+            )
+            return
+        if self._step_in_epoch:  # at the start of an epoch it is saved already
+            self._save()
+        _log.info("stopped at step %d: %s", self._step, self._stop_reason)
 
     def _make_checkpointer(self, directory: str | pathlib.Path) -> Checkpointer:
         groups = {
@@ -388,7 +396,7 @@ class Trainer(Steps):
             if is_first_call:  # it traced the step: no measure of speed
                 rates = _Rates(self._step_in_epoch, read["examples"])
             callbacks.on_train_batch_end(self._step_in_epoch - 1, logs)
-        if logs or self._stop_reason:
+        if logs or self._stop_request:
             return logs
         # Resumed where an epoch ended: what is left to do is the evaluation.
         read = _to_numbers(self.read_train_logs())
@@ -478,7 +486,7 @@ class Trainer(Steps):
         return results
 
     def _should_stop(self) -> bool:
-        return bool(self._stop_reason or self.model.stop_training)
+        return bool(self._stop_request or self.model.stop_training)
 
 
 class _Pace:

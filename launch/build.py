@@ -72,7 +72,7 @@ def make_devices(config: TrainConfig) -> Devices:
         kind,
         devices=devices,
         all_reduce=config.all_reduce,
-        cluster=cluster,
+        cluster=cluster if kind == "multi_worker" else None,
         tpu=config.tpu,
     )
     # Entered once for its checks, so that they come before any data is read.

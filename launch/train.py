@@ -54,6 +54,8 @@ def main(argv: list[str]) -> int:
     except (flags.Error, ValueError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before or after the training itself
+        return 128 + signal.SIGINT
 
 
 def train(config: TrainConfig, run_dir: RunDir) -> int:
@@ -75,7 +77,7 @@ def train(config: TrainConfig, run_dir: RunDir) -> int:
         config, **build.describe(config, devices, data, trainer)
     )
     with _stopping_on_signals(trainer) as received:
-        history = trainer.fit(
+        trainer.fit(
             data.train,
             epochs=config.num_epochs,
             steps_per_epoch=config.num_steps_per_epoch,
@@ -85,13 +87,13 @@ def train(config: TrainConfig, run_dir: RunDir) -> int:
             callbacks=build.make_callbacks(run_dir, trainer),
             checkpoint_dir=run_dir.checkpoints,
         )
-    if received:
+    if trainer.stop_reason:
         print(
-            f"stopped by {received[0].name} at step {trainer.global_step}; "
+            f"stopped by {trainer.stop_reason} at step {trainer.global_step}; "
             "the same command goes on from there"
         )
         return 128 + received[0]
-    if not history.epoch:
+    if not trainer.model.history.epoch and run_dir.model.exists():
         print(
             f"{run_dir.path} holds a finished run of {config.num_epochs} "
             "epochs; raise --epochs, pass another --run_dir, or --resume=never"

@@ -63,6 +63,13 @@ def test_what_auto_chooses(devices, options, kind):
         ({"all_reduce": "ring", "devices": ["CPU:0", "CPU:1"]}, "one host"),
         ({"kind": "one_device", "all_reduce": "ring"}, "would be ignored"),
         ({"kind": "multi_worker"}, "set TF_CONFIG"),
+        (
+            {
+                "kind": "mirrored",
+                "cluster": cluster.ClusterSpec(("a:1", "b:1"), 0, "a test"),
+            },
+            "`cluster` needs",
+        ),
     ],
 )
 def test_a_wrong_argument_is_an_error_that_says_how_to_mend_it(

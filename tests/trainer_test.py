@@ -282,6 +282,15 @@ def test_a_stop_that_was_asked_for_ends_with_a_checkpoint(tmp_path):
     assert (tmp_path / "ckpt-1.index").exists()
 
 
+def test_a_stop_before_the_first_step_is_heard():
+    trainer = support.make_trainer()
+    trainer.request_stop("early")
+    assert fit(trainer).epoch == []
+    assert (trainer.stop_reason, trainer.global_step) == ("early", 0)
+    assert fit(trainer).epoch == [0, 1]
+    assert trainer.stop_reason is None
+
+
 def test_a_checkpoint_of_another_model_is_refused(tmp_path):
     fit(support.make_trainer(), checkpoint_dir=tmp_path)
     other = support.make_trainer(

@@ -107,8 +107,12 @@ def test_training_goes_on_as_if_the_batch_were_not_there(
     num_replicas, replica, kind
 ):
     arrays = _poisoned_arrays(replica, num_replicas)
-    others = [_batch(arrays, i) for i in range(NUM_BATCHES) if i != 1]
-    without = tuple(np.concatenate(parts) for parts in zip(*others))
+    others = [
+        _batch(arrays, i) for i in range(NUM_BATCHES) if i != POISONED_BATCH
+    ]
+    without = tuple(
+        np.concatenate(parts) for parts in zip(*others, strict=True)
+    )
 
     reference = _fresh_fitter(_ByTrainer, 1)
     reference.fit(support.batched(without))
@@ -169,6 +173,8 @@ def test_a_large_target_overflows_the_gradient_only(num_replicas):
     ).all()
 
 
+# LIBRARY BUG (open): the update is skipped, but the moving statistics have
+# taken in the NaN of the forward pass by then, and keep it for ever.
 @pytest.mark.parametrize("num_replicas", support.NUM_REPLICAS)
 def test_an_overflow_leaves_batch_norm_statistics_finite(num_replicas):
     arrays = _poisoned_arrays(num_replicas - 1, num_replicas)
