@@ -351,14 +351,14 @@ def _loss_scale_options(config: TrainConfig) -> dict[str, Any]:
 
 def _learning_rate(config: TrainConfig, total_steps: int | None) -> Any:
     if config.schedule == "constant" and not config.warmup_steps:
-        return config.learning_rate
+        return config.peak_learning_rate
     if config.schedule != "constant" and total_steps is None:
         raise ConfigError(
             f"--schedule={config.schedule} needs to know how long training "
             "is: pass --steps or --steps_per_epoch."
         )
     return schedule_lib.WarmupSchedule(
-        config.learning_rate,
+        config.peak_learning_rate,
         warmup_steps=config.warmup_steps,
         total_steps=total_steps or 0,
         decay=config.schedule,

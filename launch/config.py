@@ -125,7 +125,9 @@ class TrainConfig:
     )
 
     optimizer: str = _flag("adam", "A Keras optimizer.", OPTIMIZERS)
-    learning_rate: float = _flag(1e-2, "Peak learning rate.")
+    learning_rate: float | None = _flag(
+        None, "Peak learning rate [0.02 for --model=mlp, else 0.001]."
+    )
     momentum: float | None = _flag(None, "For sgd and rmsprop.")
     warmup_steps: int = _flag(0, "Updates until the peak is reached.")
     schedule: str = _flag(
@@ -172,6 +174,13 @@ class TrainConfig:
         self._check_optimizer()
 
     # ------------------------------------------------------------ resolved
+
+    @property
+    def peak_learning_rate(self) -> float:
+        """`learning_rate`, or what suits the model."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return 0.02 if self.model == "mlp" else 0.001
 
     @property
     def num_epochs(self) -> int:
