@@ -12,6 +12,8 @@ from dist_amp.precision import Precision, scope
 from dist_amp.strategy import make_strategy
 from dist_amp.trainer import Trainer
 
+__version__ = "0.1.0"
+
 __all__ = [
     "DistributedOptimizer",
     "LossScaleOptimizer",

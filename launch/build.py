@@ -144,6 +144,7 @@ def describe(
     inner = rule.pop("inner")
     del rule["name"]
     return {
+        "dist_amp": dist_amp.__version__,
         "strategy": devices.strategy_kind,
         "strategy_reason": devices.strategy_reason,
         "num_replicas": devices.strategy.num_replicas_in_sync,

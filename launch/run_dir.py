@@ -26,7 +26,7 @@ _FREE = (
     "all_reduce",
     "tpu",
 )
-_PACKAGES = ("dist-amp", "tensorflow", "keras", "numpy", "tensorflow-datasets")
+_PACKAGES = ("tensorflow", "keras", "numpy", "tensorflow-datasets")
 
 
 class RunDir:
@@ -109,10 +109,5 @@ class RunDir:
 
 
 def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            versions[package] = "not installed (run from a checkout)"
-    return versions
+    versions = {package: metadata.version(package) for package in _PACKAGES}
+    return {"python": platform.python_version(), **versions}

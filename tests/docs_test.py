@@ -2,6 +2,7 @@
 
 import doctest
 import importlib
+import os
 import pathlib
 import re
 import subprocess
@@ -34,7 +35,10 @@ def test_the_readmes_own_model_and_data_train(tmp_path):
     done = subprocess.run(
         ["bash", "-ec", script],
         cwd=tmp_path,
-        env={"PYTHONPATH": f"{ROOT}:{tmp_path}", "PATH": "/usr/bin:/bin"},
+        env={
+            "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path]),
+            "PATH": "/usr/bin:/bin",
+        },
         capture_output=True,
         text=True,
         timeout=120,

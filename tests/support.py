@@ -125,10 +125,13 @@ def assert_parity(
 def make_arrays(
     num_examples: int, seed: int = 1
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Features `[num_examples, 6]` and one of three classes for each."""
-    generator = np.random.default_rng(seed)
-    x = generator.normal(size=(num_examples, NUM_FEATURES))
-    y = generator.integers(0, NUM_CLASSES, size=num_examples)
+    """Features `[num_examples, 6]` and one of three classes for each.
+
+    Fewer examples are the first ones of more.
+    """
+    features, classes = np.random.default_rng(seed).spawn(2)
+    x = features.normal(size=(num_examples, NUM_FEATURES))
+    y = classes.integers(0, NUM_CLASSES, size=num_examples)
     return x.astype("float32"), y.astype("int32")
 
 

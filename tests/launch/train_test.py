@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -12,7 +11,6 @@ import keras
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 SECONDS = 180
 
 
@@ -27,7 +25,7 @@ def command(*flags):
 
 def environment(**more):
     clean = {k: v for k, v in os.environ.items() if not k.startswith("TF_")}
-    return {**clean, "PYTHONPATH": str(ROOT), **more}
+    return {**clean, "PYTHONPATH": os.pathsep.join(sys.path), **more}
 
 
 def launch(cwd, *flags):

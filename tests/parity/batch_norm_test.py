@@ -1,6 +1,7 @@
 """Batch norm: one set of moving statistics, whatever the replicas saw."""
 
 import functools
+import itertools
 import sys
 
 import keras
@@ -15,7 +16,7 @@ MOMENTUM = 0.75
 def _slices(x, num_replicas):
     """The slices of the replicas that have an example of a batch."""
     bounds = [len(x) * r // num_replicas for r in range(num_replicas + 1)]
-    pieces = [x[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    pieces = [x[a:b] for a, b in itertools.pairwise(bounds)]
     return [piece for piece in pieces if len(piece)]
 
 

@@ -20,12 +20,7 @@ def _make_metrics():
         keras.metrics.Precision(name="precision"),
         keras.metrics.Recall(name="recall"),
         keras.metrics.MeanAbsoluteError(name="error"),
-        keras.metrics.MeanMetricWrapper(_mean_prediction, name="mean"),
     ]
-
-
-def _mean_prediction(y, prediction):
-    return keras.ops.mean(prediction, axis=-1)
 
 
 def _make_binary_model():
@@ -137,6 +132,46 @@ def test_steps_of_one_call_do_not_change_the_results(num_replicas):
     )
     logs = {name: values[0] for name, values in history.history.items()}
     _assert_results(logs, _expected(13))
+
+
+def _prediction(y, prediction):
+    return keras.ops.squeeze(prediction, axis=-1)
+
+
+class _FactoredMean(keras.metrics.Mean):
+    """As users write them: an argument, and no `get_config`."""
+
+    def __init__(self, factor):
+        super().__init__(name="factored")
+        self._factor = factor
+
+    def update_state(self, y, prediction, sample_weight=None):
+        return super().update_state(self._factor * prediction)
+
+
+# LIBRARY BUG (open): `MetricSet` makes a copy of each instance from its
+# configuration; plain Keras takes these metrics as they are.
+@pytest.mark.parametrize(
+    ("make_metric", "factor"),
+    [
+        (lambda: _prediction, 1.0),
+        (lambda: keras.metrics.MeanMetricWrapper(_prediction), 1.0),
+        (lambda: _FactoredMean(3.0), 3.0),
+    ],
+    ids=["function", "wrapped function", "own class"],
+)
+def test_metrics_that_keras_cannot_copy(make_metric, factor):
+    trainer = support.make_trainer(
+        _make_binary_model,
+        num_replicas=4,
+        loss="binary_crossentropy",
+        metrics=[make_metric()],
+    )
+    x, y = _binary_arrays(13)
+    results = trainer.evaluate(support.batched((x, y)))
+    results.pop("loss")
+    mean = np.mean(trainer.model(x, training=False))
+    support.assert_close(list(results.values()), [factor * mean])
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Random layers: apart on each replica, the same run after run."""
 
+import functools
 import sys
 
 import keras
@@ -16,7 +17,7 @@ RANDOM_LAYERS = {
     "gaussian dropout": lambda: keras.layers.GaussianDropout(0.5),
     "gaussian noise": lambda: keras.layers.GaussianNoise(1.0),
 }
-CASES = [*support.FEW_CASES, (2, "float32"), (4, "mixed_bfloat16")]
+CASES = [*support.FEW_CASES, (4, "mixed_bfloat16")]
 
 
 def _make_model():
@@ -43,6 +44,12 @@ def _fit(num_replicas, precision, **options):
         fit=fit,
         **options,
     )
+
+
+@functools.cache
+def _whole(num_replicas, precision):
+    """A fit from beginning to end."""
+    return _fit(num_replicas, precision)
 
 
 def _assert_identical(one, other):
@@ -87,9 +94,8 @@ def test_replicas_draw_different_masks(name, num_replicas):
 
 @pytest.mark.parametrize(("num_replicas", "precision"), CASES)
 def test_one_seed_gives_one_run(num_replicas, precision):
-    _assert_identical(
-        _fit(num_replicas, precision), _fit(num_replicas, precision)
-    )
+    again = _fit(num_replicas, precision)
+    _assert_identical(again, _whole(num_replicas, precision))
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
@@ -118,7 +124,7 @@ def test_another_seed_gives_other_masks(num_replicas):
 @pytest.mark.parametrize(("num_replicas", "precision"), CASES)
 def test_resume_after_an_epoch_is_bit_exact(num_replicas, precision, tmp_path):
     """The second process starts from another seed: all of it is restored."""
-    whole = _fit(num_replicas, precision)
+    whole = _whole(num_replicas, precision)
     _fit(
         num_replicas,
         precision,
@@ -166,12 +172,20 @@ def _fit_until(num_batches, num_replicas, precision, directory):
     return trainer
 
 
-@pytest.mark.parametrize(("num_replicas", "precision"), CASES)
-@pytest.mark.parametrize("num_batches", [1, 5])
+@pytest.mark.parametrize(
+    ("num_batches", "num_replicas", "precision"),
+    [
+        (1, 2, "mixed_bfloat16"),
+        (2, 4, "float32"),
+        (5, 1, "float32"),
+        (5, 2, "mixed_float16"),
+        (5, 4, "float32"),
+    ],
+)
 def test_resume_within_an_epoch_is_bit_exact(
     num_batches, num_replicas, precision, tmp_path
 ):
-    whole = _fit(num_replicas, precision)
+    whole = _whole(num_replicas, precision)
     stopped = _fit_until(num_batches, num_replicas, precision, tmp_path)
     assert stopped.stop_reason == "the test asks for it"
     assert stopped.global_step == num_batches
