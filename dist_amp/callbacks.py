@@ -174,12 +174,10 @@ def describe_epoch(epoch: int, logs: Mapping[str, float]) -> str:
             continue
         title = base.replace("_", " ").title()
         title = f"Test {title}" if name != base else title
-        is_share = "accuracy" in base
-        parts.append(
-            f"{title}: {value * 100:.2f}"
-            if is_share
-            else f"{title}: {value:.4f}"
-        )
+        factor, digits = (100, 2) if "accuracy" in base else (1, 4)
+        numbers = value if isinstance(value, list) else [value]
+        text = " ".join(f"{factor * number:.{digits}f}" for number in numbers)
+        parts.append(f"{title}: {text}")
     return ", ".join(parts)
 
 
@@ -198,7 +196,9 @@ def _bar(step: int, total: int, width: int = 6) -> str:
     return f"[{'=' * filled}{'.' * (width - filled)}]"
 
 
-def _short(value: float) -> str:
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(_short, value))
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.3f}"
 
 

@@ -30,12 +30,15 @@ class Batch(NamedTuple):
             Without sample weights all shares of all replicas add up to one.
         global_size: Examples in the global batch, scalar float32, the same on
             every replica.
+        normalizer: What the shares were divided by, scalar float32, the same
+            on every replica: the examples or the sum of their weights.
     """
 
     x: Any
     y: Any
     weight: tf.Tensor
     global_size: tf.Tensor
+    normalizer: tf.Tensor
 
 
 def split(
@@ -80,18 +83,22 @@ def split(
         if weight is None:
             weight = tf.ones([size], tf.float32)
         weight = tf.cast(weight, tf.float32)
+        if weight.shape.rank == 2 and weight.shape[-1] == 1:
+            weight = tf.squeeze(weight, axis=-1)
         if class_table is not None:
             weight = _times(weight, class_table, y)
-        if reduction == "sum_over_batch_size":
-            weight = weight / size_as_float
-        elif reduction == "mean_with_sample_weight":
-            weight = _normalized(weight, size_as_float)
+        normalizer = size_as_float
+        if reduction == "mean_with_sample_weight":
+            normalizer = _total_weight(weight, size_as_float)
+        if reduction != "sum":
+            weight = tf.math.divide_no_nan(weight, normalizer)
         slices = (
             _rows_of_replica((x, y, weight), size, replica, num_replicas)
             for replica in range(first_replica, first_replica + count)
         )
         return tuple(
-            Batch(x, y, weight, size_as_float) for x, y, weight in slices
+            Batch(x, y, weight, size_as_float, normalizer)
+            for x, y, weight in slices
         )
 
     return dataset.map(to_slices, num_parallel_calls=tf.data.AUTOTUNE)
@@ -184,9 +191,11 @@ def batch_size_of(dataset: tf.data.Dataset) -> int | None:
 
 
 def is_batched(dataset: tf.data.Dataset) -> bool:
-    """Whether every leaf has a leading dimension of unknown length."""
+    """Whether all leaves have one leading dimension."""
     shapes = [leaf.shape for leaf in tf.nest.flatten(dataset.element_spec)]
-    return all(s.rank and s[0] is None for s in shapes)
+    return all(shape.rank for shape in shapes) and (
+        len({shape[0] for shape in shapes}) == 1
+    )
 
 
 def length_of(dataset: tf.data.Dataset) -> int | None:
@@ -287,12 +296,12 @@ class Stream:
             return 1, batches_left
         return min(wanted, whole_steps), self._batches_per_step
 
-    def end_epoch(self, step_in_epoch: int) -> None:
-        """Tells the length of an epoch that ran until the data was used up."""
-        if step_in_epoch == 0:
+    def learn_length(self, num_steps: int) -> None:
+        """Sets the length of an epoch, which TensorFlow could not tell."""
+        if num_steps == 0:
             raise ValueError("The dataset is empty: it yields no batch.")
-        self.steps_per_epoch = self._batches_per_epoch = step_in_epoch
-        self.open()
+        if self.steps_per_epoch is None:
+            self.steps_per_epoch = self._batches_per_epoch = num_steps
 
 
 def _unpack(element: Sequence[Any]) -> tuple[Any, Any, Any]:
@@ -355,8 +364,7 @@ def _times(weight: tf.Tensor, class_table: tf.Tensor, y: Any) -> tf.Tensor:
     return weight * tf.where(index <= last, known, 1.0)
 
 
-def _normalized(weight: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
-    """Weights that add up to one over the examples (mean over the rest)."""
+def _total_weight(weight: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+    """Sum over the examples of their weight (its mean over the rest)."""
     elements_per_example = tf.cast(tf.size(weight), tf.float32) / size
-    total = tf.reduce_sum(weight) / elements_per_example
-    return tf.math.divide_no_nan(weight, total)
+    return tf.reduce_sum(weight) / elements_per_example

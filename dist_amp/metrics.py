@@ -26,22 +26,17 @@ class MetricSet:
 
     Args:
         metrics: Names or `keras.metrics.Metric`s for a model of one output;
-            a dict of lists, by output name, for a model that returns a dict.
-            An instance made outside of the scope is replaced by a copy.
-        loss: The loss; "accuracy" means what fits it.
+            a dict of lists for several outputs, by name or index. "accuracy"
+            means what fits the shapes, as in Keras. An instance made outside
+            of the scope is replaced by a copy.
     """
 
-    def __init__(self, metrics: MetricsLike, loss: Any = None):
+    def __init__(self, metrics: MetricsLike):
+        self._wanted = metrics
         self._loss = keras.metrics.Mean(name="loss")
         self._nonfinite_losses = keras.metrics.Sum(name="nonfinite_losses")
         self._nonfinite_inputs = keras.metrics.Sum(name="nonfinite_inputs")
-        self._metrics = list(_resolved(metrics, loss))
-        names = ["loss", *(_full_name(*pair) for pair in self._metrics)]
-        if len(set(names)) != len(names):
-            raise ValueError(
-                "Metrics must have names that differ, from each other and "
-                f"from 'loss'. Received {names}."
-            )
+        self._metrics: list[tuple[Any, keras.metrics.Metric]] = []
 
     @property
     def _all(self) -> list[keras.metrics.Metric]:
@@ -64,9 +59,36 @@ class MetricSet:
             y: Targets of one example or more, as the model's data gives them.
             predictions: What the model returns for them.
         """
-        for key, metric in self._metrics:
-            metric.update_state(_pick(y, key), _pick(predictions, key))
+        pairs = list(_pairs(self._wanted))
+        has_parts = isinstance(predictions, dict | list | tuple)
+        if pairs and (has_parts == (pairs[0][0] is None) or y is None):
+            raise ValueError(
+                "`metrics` must be a list for a model of one output, and a "
+                "dict of lists for several, by name or index. Received "
+                f"{self._wanted} for outputs of type "
+                f"{type(predictions).__name__}."
+            )
+        for key, wanted in pairs:
+            mine, predicted = _pick(y, key), _pick(predictions, key)
+            metric = _to_metric(wanted, mine, predicted)
+            metric.update_state(mine, predicted)
+            self._metrics.append((key, metric))
+        names = ["loss", *(_full_name(*pair) for pair in self._metrics)]
+        if len(set(names)) != len(names):
+            raise ValueError(
+                "Metrics must have names that differ, from each other and "
+                f"from 'loss'. Received {names}."
+            )
         self.reset()
+
+    def direction_of(self, name: str) -> str | None:
+        """Tells "max" or "min" for a metric that Keras says is better so."""
+        for pair in self._metrics:
+            if _full_name(*pair) == name:
+                # Private in Keras 3.15; callbacks with mode="auto" read it.
+                direction = getattr(pair[1], "_direction", None)
+                return {"up": "max", "down": "min"}.get(str(direction))
+        return None
 
     def reset(self) -> None:
         """Forgets every example seen so far."""
@@ -100,7 +122,7 @@ class MetricSet:
         inputs = [
             tf.reduce_all(tf.math.is_finite(leaf))
             for leaf in tf.nest.flatten((batch.x, batch.y, batch.weight))
-            if leaf.dtype.is_floating
+            if leaf is not None and leaf.dtype.is_floating
         ]
         is_bad = tf.logical_not(tf.reduce_all(inputs))
         self._nonfinite_losses.update_state(1.0)
@@ -137,41 +159,55 @@ class MetricSet:
         }
 
 
-def _resolved(
-    metrics: MetricsLike, loss: Any
-) -> Iterable[tuple[str | None, keras.metrics.Metric]]:
+def _pairs(metrics: MetricsLike) -> Iterable[tuple[Any, MetricLike]]:
+    """Each metric with the key of its output; None for the only output."""
     if isinstance(metrics, Mapping):
         for key, several in metrics.items():
-            key_loss = loss.get(key) if isinstance(loss, Mapping) else loss
-            for metric in several:
-                yield key, _to_metric(metric, key_loss)
-        return
-    for metric in metrics or ():
-        yield None, _to_metric(metric, loss)
+            yield from ((key, metric) for metric in _listed(several))
+    else:
+        yield from ((None, metric) for metric in _listed(metrics or ()))
 
 
-def _to_metric(metric: MetricLike, loss: Any) -> keras.metrics.Metric:
+def _listed(metrics: Any) -> Sequence[MetricLike]:
+    is_one = isinstance(metrics, str | keras.metrics.Metric)
+    return [metrics] if is_one else metrics
+
+
+def _to_metric(
+    metric: MetricLike, y: tf.Tensor, prediction: tf.Tensor
+) -> keras.metrics.Metric:
     if isinstance(metric, str) and metric.lower() in ("accuracy", "acc"):
-        return _accuracy_for(loss)(name=metric)
+        return _accuracy_for(y, prediction)(name=metric)
     found = keras.metrics.get(metric)
     if isinstance(found, type):
         found = found()
     if not isinstance(found, keras.metrics.Metric):
         return keras.metrics.MeanMetricWrapper(found, name=found.__name__)
-    if isinstance(metric, str) or not tf.distribute.has_strategy():
+    strategy = tf.distribute.get_strategy()
+    owners = {
+        getattr(v.value, "distribute_strategy", None) for v in found.variables
+    }
+    if strategy.num_replicas_in_sync == 1 or owners <= {strategy}:
         return found
-    return type(found).from_config(found.get_config())
+    try:
+        return type(found).from_config(found.get_config())
+    except TypeError as error:
+        raise ValueError(
+            f"The metric {found.name!r} was made outside of the strategy's "
+            "scope and cannot be copied; make it in `with dist_amp.scope(...)`."
+        ) from error
 
 
-def _accuracy_for(loss: Any) -> type[keras.metrics.Metric]:
-    name = str(getattr(loss, "name", None) or getattr(loss, "__name__", loss))
-    if "sparse" in name:
-        return keras.metrics.SparseCategoricalAccuracy
-    if "binary" in name or "hinge" in name:
+def _accuracy_for(
+    y: tf.Tensor, prediction: tf.Tensor
+) -> type[keras.metrics.Metric]:
+    """What Keras takes "accuracy" for, by the shapes."""
+    num_classes = prediction.shape[-1]
+    if num_classes == 1 or prediction.shape.rank == 1:
         return keras.metrics.BinaryAccuracy
-    if "categorical" in name:
-        return keras.metrics.CategoricalAccuracy
-    return keras.metrics.Accuracy
+    if y.shape.rank < prediction.shape.rank or y.shape[-1] == 1:
+        return keras.metrics.SparseCategoricalAccuracy
+    return keras.metrics.CategoricalAccuracy
 
 
 def _pick(structure: Any, key: str | None) -> Any:

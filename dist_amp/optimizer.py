@@ -14,6 +14,7 @@ This is the one file that touches private names of Keras and TensorFlow
 """
 
 import contextlib
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -83,6 +84,7 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
         inner.loss_scale_factor = None
         inner._all_reduce_sum_gradients = _already_reduced
         self._accumulates_locally: bool | None = None
+        self._in_replica = threading.local()  # each is traced in its thread
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         """Creates all state; call it in the strategy's scope.
@@ -155,7 +157,7 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
         grads: Sequence[reduction.Gradient | None],
         trainable_variables: Sequence[keras.Variable] | None = None,
         *,
-        weight: tf.Tensor | float = 1.0,
+        weight: tf.Tensor | float | None = None,
     ) -> tf.Tensor:
         """Reduces the gradients and updates the variables, or skips.
 
@@ -170,7 +172,7 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
                 to `build` by default.
             weight: Weight of this micro-step in the mean over the accumulated
                 ones, equal on every replica (say, its number of examples);
-                without accumulation it has no effect.
+                1 by default. Without accumulation it has no effect.
 
         Returns:
             Scalar bool: False if this call skipped an update, else True.
@@ -178,6 +180,13 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
         Raises:
             ValueError: No variable has a gradient, or one is unknown.
         """
+        if not tf.distribute.get_replica_context():
+            raise RuntimeError(
+                "`apply` must be called in a replica: inside "
+                "`strategy.run(step)`, not just `strategy.scope()`."
+            )
+        if weight is None:
+            weight = getattr(self._in_replica, "weight", 1.0)
         gradients, variables = self._pair(grads, trainable_variables)
         if not self.gradient_accumulation_steps:
             return self._attempt(reduction.all_reduce_sum(gradients), variables)
@@ -207,6 +216,15 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
             yield
         finally:
             self._accumulates_locally = before
+
+    @contextlib.contextmanager
+    def micro_step_weight(self, weight: tf.Tensor) -> Iterator[None]:
+        """What `apply` takes for `weight` in the replica's code within."""
+        self._in_replica.weight = weight
+        try:
+            yield
+        finally:
+            del self._in_replica.weight
 
     def _pair(
         self,
@@ -457,18 +475,18 @@ class LossScaleOptimizer(
         self.assign_add(self._skipped_updates, 1)
         is_at_floor = tf.cast(scale <= self.rule.min_scale, tf.int64)
         self.assign_add(self._skips_at_floor, is_at_floor)
-        names = tf.constant([variable.path for variable in variables])
         overflowed = tf.logical_not(reduction.finite_flags(gradients))
+        # XLA has no strings but constants, so the names are picked by number.
         tf.debugging.Assert(
             self._skips_at_floor < MAX_SKIPS_AT_FLOOR,
             [
                 f"{MAX_SKIPS_AT_FLOOR} updates in a row were skipped with the "
-                f"loss scale at its floor ({self.rule.min_scale:g}). "
-                "Gradients that are not finite:",
-                tf.strings.reduce_join(
-                    tf.boolean_mask(names, overflowed), separator=", "
-                ),
+                f"loss scale at its floor ({self.rule.min_scale:g}). Numbers "
+                "of the gradients that are not finite, in the list behind:",
+                tf.where(overflowed)[:, 0],
+                ", ".join(variable.path for variable in variables),
             ],
+            summarize=len(variables),
         )
 
     def get_config(self) -> dict[str, Any]:

@@ -43,7 +43,7 @@ class Steps:
         self.strategy = strategy
         self.jit_compile = jit_compile
         with strategy.scope():
-            self.metrics = MetricSet(metrics, loss=self.loss)
+            self.metrics = MetricSet(metrics)
         # Only for XLA: a nested function would forbid layers that talk to
         # other replicas, like synchronized batch norm.
         self._gradients = (
@@ -65,12 +65,7 @@ class Steps:
             batch: This replica's slice of the global batch.
         """
         loss, predictions, gradients = self._gradients(batch)
-        self.optimizer.apply(
-            gradients,
-            self.model.trainable_variables,
-            weight=batch.global_size,
-        )
-        self.average_moving_statistics(batch)
+        self.optimizer.apply(gradients, self.model.trainable_variables)
         self.metrics.update(batch, loss, predictions)
 
     def test_step(self, batch: Batch) -> None:
@@ -105,13 +100,16 @@ class Steps:
             Scalar float32; summed over replicas it is the loss that one
             device would compute, regularization included.
         """
+        accumulates = bool(self.optimizer.gradient_accumulation_steps)
         losses = [
-            _weighted_sum(loss, y, prediction, batch)
+            _weighted_sum(loss, y, prediction, batch, accumulates=accumulates)
             for loss, y, prediction in _matched(self.loss, batch.y, predictions)
         ]
         share = _num_rows(batch) / batch.global_size
         losses += [
-            tf.cast(extra, tf.float32) * share for extra in self.model.losses
+            # Without an example both may be 0, or the loss NaN.
+            tf.math.multiply_no_nan(tf.cast(extra, tf.float32), share)
+            for extra in self.model.losses
         ]
         if not losses:
             raise ValueError(
@@ -157,7 +155,7 @@ class Steps:
 
         def micro_step(iterator: Any, *, is_last: bool) -> None:
             with self.optimizer.accumulation(is_last=is_last):
-                self._run(self.train_step, iterator)
+                self._run(self._train_replica, iterator)
 
         @tf.function
         def train_loop(
@@ -184,6 +182,12 @@ class Steps:
             return self.metrics.results()
 
         return test_loop
+
+    def _train_replica(self, batch: Batch) -> None:
+        """The train step, and what must hold around any override of it."""
+        with self.optimizer.micro_step_weight(batch.normalizer):
+            self.train_step(batch)
+        self.average_moving_statistics(batch)
 
     def _run(self, step: Callable[[Batch], None], iterator: Any) -> None:
         """Takes one element and runs a step on each replica's slice."""
@@ -242,33 +246,63 @@ def spread_seeds(
 
 
 def _resolve_loss(loss: Any) -> Any:
-    if isinstance(loss, str):
-        return keras.losses.get(loss)
     if isinstance(loss, dict):
         return {key: _resolve_loss(value) for key, value in loss.items()}
     if isinstance(loss, list | tuple):
         return [_resolve_loss(value) for value in loss]
-    return loss
+    if isinstance(loss, str):
+        return keras.losses.get(loss)
+    return loss() if isinstance(loss, type) else loss
 
 
 def _matched(loss: Any, y: Any, predictions: Any) -> list[tuple]:
     """Triples of one loss, its targets and its predictions."""
     if loss is None:
         return []
-    if isinstance(loss, dict):
-        return [(loss[key], y[key], predictions[key]) for key in loss]
-    if isinstance(loss, list):
-        return list(zip(loss, y, predictions, strict=True))
+    if y is None:
+        raise ValueError(
+            "The dataset yields inputs without targets, but there is a "
+            "`loss`. Yield `(x, y)`, or pass `loss=None` if the model adds "
+            "its own (`add_loss`)."
+        )
+    if isinstance(predictions, dict):
+        named = loss if isinstance(loss, dict) else dict.fromkeys(y, loss)
+        if not set(named) <= set(predictions) & set(y):
+            raise ValueError(
+                "`loss` and targets must use the names of the model's outputs "
+                f"({sorted(predictions)}). Received losses for "
+                f"{sorted(named)} and targets for {sorted(y)}."
+            )
+        return [(named[key], y[key], predictions[key]) for key in named]
+    if isinstance(predictions, list | tuple):
+        losses = loss if isinstance(loss, list) else [loss] * len(predictions)
+        if not len(losses) == len(y) == len(predictions):
+            raise ValueError(
+                "There must be one loss and one target for each output. "
+                f"Received {len(losses)}, {len(y)} and {len(predictions)}."
+            )
+        return list(zip(losses, y, predictions, strict=True))
+    if isinstance(loss, dict | list):
+        raise ValueError(
+            "The model has one output, so `loss` must be one loss. Received "
+            f"{loss}."
+        )
     return [(loss, y, predictions)]
 
 
 def _weighted_sum(
-    loss: Any, y: Any, prediction: tf.Tensor, batch: Batch
+    loss: Any,
+    y: Any,
+    prediction: tf.Tensor,
+    batch: Batch,
+    *,
+    accumulates: bool,
 ) -> tf.Tensor:
     """Sum over the slice of loss times weight, in float32."""
     per_example = loss.call if isinstance(loss, keras.losses.Loss) else loss
     mask = getattr(prediction, "_keras_mask", None)
-    values = per_example(y, tf.cast(prediction, tf.float32))
+    prediction = tf.cast(prediction, tf.float32)
+    values = per_example(_aligned(y, prediction), prediction)
     values = tf.cast(values, tf.float32)
     if values.shape.rank == 0:
         raise ValueError(
@@ -278,6 +312,11 @@ def _weighted_sum(
         )
     factor = 1.0
     if mask is not None:
+        if accumulates:
+            raise ValueError(
+                "`gradient_accumulation_steps` cannot weigh losses that a "
+                "Keras mask makes shorter; mask by sample weights instead."
+            )
         mask = tf.broadcast_to(tf.cast(mask, tf.float32), tf.shape(values))
         factor = _inverse_valid_share(mask, batch)
         values *= mask
@@ -287,6 +326,18 @@ def _weighted_sum(
     elements_per_example = tf.reduce_prod(tf.shape(weight)[1:])
     total = tf.reduce_sum(values * weight)
     return factor * total / tf.cast(elements_per_example, tf.float32)
+
+
+def _aligned(y: tf.Tensor, prediction: tf.Tensor) -> tf.Tensor:
+    """Targets in float32 if they are floats, `[batch, 1]` if predictions are.
+
+    Without it `[batch]` against `[batch, 1]` would broadcast.
+    """
+    y = tf.cast(y, tf.float32) if y.dtype.is_floating else y
+    lacks_axis = y.shape.rank == prediction.shape.rank - 1
+    if lacks_axis and prediction.shape[-1] == 1:
+        return tf.expand_dims(y, axis=-1)
+    return y
 
 
 def _mean_over_elements(values: tf.Tensor, keep: int) -> tf.Tensor:

@@ -77,6 +77,11 @@ class Trainer(Steps):
         metrics: MetricsLike = (),
         jit_compile: bool = False,
     ):
+        if not isinstance(optimizer, keras.optimizers.Optimizer):
+            raise TypeError(
+                "`optimizer` must be a keras.optimizers.Optimizer, made in "
+                f"the scope of the model. Received {optimizer!r}."
+            )
         strategy = model.distribute_strategy
         if optimizer_lib.strategy_of(optimizer) is not strategy:
             raise ValueError(
@@ -100,8 +105,9 @@ class Trainer(Steps):
         self._replica_ids = _local_replica_ids(strategy)
         self._train_loop = self.make_train_loop()
         self._test_loop = self.make_test_loop()
-        self._is_built = False
+        self._is_built = self._is_in_epoch = False
         self._checkpointer: Checkpointer | None = None
+        self._stream: data.Stream
         self._epoch = self._step_in_epoch = self._step = 0
         self._stop_request: str | None = None
         self._stop_reason: str | None = None
@@ -162,6 +168,7 @@ class Trainer(Steps):
         """
         _check_counts(
             epochs=epochs,
+            initial_epoch=initial_epoch + 1,
             steps_per_epoch=steps_per_epoch,
             validation_steps=validation_steps,
             steps_per_loop=None if steps_per_loop == "auto" else steps_per_loop,
@@ -172,6 +179,7 @@ class Trainer(Steps):
             batches_per_step=self.optimizer.gradient_accumulation_steps or 1,
             steps_per_epoch=steps_per_epoch,
         )
+        self._stream = stream
         self._start(stream, checkpoint_dir, initial_epoch)
         callback_list = keras.callbacks.CallbackList(
             [*callbacks, *_progress(verbose)],
@@ -183,11 +191,16 @@ class Trainer(Steps):
         )
         pace = _Pace(steps_per_loop)
         validation = self._prepare_test(validation_data, validation_steps)
+        self._orient(callbacks)
         callback_list.on_train_begin()
         logs: dict[str, float] = {}
         while self._epoch < epochs and not self._should_stop():
             callback_list.on_epoch_begin(self._epoch)
-            logs = self._train_epoch(stream, callback_list, pace)
+            self._is_in_epoch = True
+            try:
+                logs = self._train_epoch(stream, callback_list, pace)
+            finally:
+                self._is_in_epoch = False
             if self._stop_request:
                 break
             if validation is not None:
@@ -214,7 +227,14 @@ class Trainer(Steps):
 
         Raises:
             ValueError: The dataset repeats for ever and `steps` is None.
+            RuntimeError: An epoch of `fit` is under way, whose metrics this
+                would reset.
         """
+        if self._is_in_epoch:
+            raise RuntimeError(
+                "`evaluate` resets the metrics of the epoch under way: call it "
+                "from `on_epoch_end`, or pass `validation_data` to `fit`."
+            )
         self.build(dataset)
         return self._test(*self._prepare_test(dataset, steps))
 
@@ -246,14 +266,15 @@ class Trainer(Steps):
         """
         if self._is_built:
             return
+        _check_dataset(dataset)
         spec = dataset.element_spec
         parts = spec if isinstance(spec, tuple) else (spec,)
-        x, y = tf.nest.map_structure(_one_example, (*parts, None)[:2])
+        x, y = (*tf.nest.map_structure(_zeros, parts), None)[:2]
         with self.strategy.scope():
             predictions = self.model(x, training=False)
             self.optimizer.build(self.model.trainable_variables)
             self.metrics.build(y, predictions)
-        self._check_can_compile()
+        self._check_combinations()
         spread_seeds(self.model, self.strategy, self._replica_ids[0])
         self._is_built = True
 
@@ -278,7 +299,13 @@ class Trainer(Steps):
 
     # ------------------------------------------------------------ private
 
-    def _check_can_compile(self) -> None:
+    def _check_combinations(self) -> None:
+        parts = self.optimizer.gradient_accumulation_steps
+        if parts and _reduction_of(self.loss) == "sum":
+            raise ValueError(
+                "`gradient_accumulation_steps` takes means, so the loss must "
+                "not have `reduction='sum'`; pass 'sum_over_batch_size'."
+            )
         if (
             self.jit_compile
             and self.strategy.num_replicas_in_sync > 1
@@ -327,6 +354,8 @@ class Trainer(Steps):
         self._step_in_epoch = saved["step_in_epoch"]
         self._step = saved["step"]
         spread_seeds(self.model, self.strategy, self._replica_ids[0])
+        if saved["steps_per_epoch"]:
+            stream.learn_length(saved["steps_per_epoch"])
         stream.open(self._epoch, self._step_in_epoch)
         _log.info(
             "resumed from %s: step %d, epoch %d",
@@ -349,6 +378,16 @@ class Trainer(Steps):
             self._save()
         _log.info("stopped at step %d: %s", self._step, self._stop_reason)
 
+    def _orient(self, callbacks: Sequence[keras.callbacks.Callback]) -> None:
+        """Tells callbacks that monitor a metric whether more is better.
+
+        Keras looks for it in compiled metrics, of which there are none.
+        """
+        for callback in callbacks:
+            if getattr(callback, "mode", None) == "auto":
+                name = callback.monitor.removeprefix("val_")
+                callback.mode = self.metrics.direction_of(name) or "auto"
+
     def _make_checkpointer(self, directory: str | pathlib.Path) -> Checkpointer:
         groups = {
             "model": self.model.variables,
@@ -356,7 +395,9 @@ class Trainer(Steps):
             "metrics": self.metrics.variables,
         }
         return Checkpointer(
-            directory, groups, counters=("epoch", "step_in_epoch", "step")
+            directory,
+            groups,
+            counters=("epoch", "step_in_epoch", "step", "steps_per_epoch"),
         )
 
     def _save(self) -> None:
@@ -365,6 +406,7 @@ class Trainer(Steps):
                 "epoch": self._epoch,
                 "step_in_epoch": self._step_in_epoch,
                 "step": self._step,
+                "steps_per_epoch": self._stream.steps_per_epoch or 0,
             }
             self._checkpointer.save(self._step, counters)
 
@@ -388,7 +430,8 @@ class Trainer(Steps):
             with pace.observe(num_steps):
                 read = self._call_train_loop(stream, num_steps, micro_steps)
             if read is None:
-                stream.end_epoch(self._step_in_epoch)
+                stream.learn_length(self._step_in_epoch)
+                stream.open()
                 break
             self._step += num_steps
             self._step_in_epoch += num_steps
@@ -441,15 +484,17 @@ class Trainer(Steps):
     def _explained(self, error: tf.errors.InvalidArgumentError) -> Exception:
         """Adds the state of the input to the optimizer's last word."""
         found = re.search(
-            r"\[(?:b')?(\d+ updates in a row[^\]]*?)'?\] \[(.*?)\]",
+            r"(\d+ updates in a row.*\)\.) Numbers .*?\[([\d ]+)\] \[(.*?)\]",
             error.message,
         )
         if not found:
             return error
+        paths = found[3].split(", ")
+        names = ", ".join(paths[int(number)] for number in found[2].split())
         inputs = int(self.metrics.counts()["nonfinite_inputs"])
         return FloatingPointError(
-            f"{found[1]} {found[2]} (near step {self._step + 1}, epoch "
-            f"{self._epoch + 1}). {_blame(inputs)}"
+            f"{found[1]} Gradients that are not finite: {names} (near step "
+            f"{self._step + 1}, epoch {self._epoch + 1}). {_blame(inputs)}"
         )
 
     def _prepare_test(
@@ -482,6 +527,8 @@ class Trainer(Steps):
                     "evaluate (`validation_steps` in `fit`, --eval_steps)."
                 ) from None
         results = _to_numbers(self.metrics.results())
+        if _to_numbers(self.metrics.counts())["nonfinite_losses"]:
+            results["loss"] = math.nan
         self.metrics.reset()
         return results
 
@@ -549,10 +596,26 @@ def _local_replica_ids(strategy: tf.distribute.Strategy) -> list[int]:
     return [int(i) for i in strategy.experimental_local_results(ids)]
 
 
-def _one_example(spec: tf.TensorSpec) -> tf.Tensor:
-    """Zeros of the shape of one example, for building."""
-    shape = [_UNKNOWN_DIMENSION if n is None else n for n in spec.shape[1:]]
-    return tf.zeros([1, *shape], spec.dtype)
+def _check_dataset(dataset: tf.data.Dataset) -> None:
+    if not isinstance(dataset, tf.data.Dataset):
+        raise TypeError(
+            "`dataset` must be a tf.data.Dataset of global batches. Received "
+            f"{type(dataset).__name__}; arrays become one by "
+            "`tf.data.Dataset.from_tensor_slices((x, y)).batch(size)`."
+        )
+    ranks = [leaf.shape.rank for leaf in tf.nest.flatten(dataset.element_spec)]
+    if 0 in ranks:
+        raise ValueError(
+            "`dataset` must yield global batches. Received single examples: "
+            f"{dataset.element_spec}; call `dataset.batch(size)`."
+        )
+
+
+def _zeros(spec: tf.TensorSpec) -> tf.Tensor:
+    """Zeros for building: one example, unless the batch size is known."""
+    batch_size, *shape = spec.shape
+    sizes = [_UNKNOWN_DIMENSION if n is None else n for n in shape]
+    return tf.zeros([batch_size or 1, *sizes], spec.dtype)
 
 
 def _reduction_of(loss: Any) -> str:

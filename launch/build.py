@@ -17,7 +17,7 @@ from dist_amp import cluster as cluster_lib
 from dist_amp import data as data_lib
 from dist_amp import schedule as schedule_lib
 from dist_amp import strategy as strategy_lib
-from dist_amp.callbacks import JsonLines
+from dist_amp.callbacks import JsonLines, describe_epoch
 from launch.config import ConfigError, TrainConfig
 from launch.run_dir import RunDir
 
@@ -121,6 +121,8 @@ def make_trainer(
     with dist_amp.scope(devices.strategy, devices.precision):
         model = _make_model(config, data)
         optimizer = _make_optimizer(config, _total_steps(config, data))
+    for name in config.metrics:
+        _check_metric(name)
     return dist_amp.Trainer(
         model,
         optimizer,
@@ -210,6 +212,12 @@ def make_callbacks(
     ]
 
 
+def describe_average(results: dict[str, Any]) -> str:
+    """The line on the moving average of the weights, which is what is saved."""
+    named = {f"val_{name}": value for name, value in results.items()}
+    return describe_epoch(0, named).replace("Epoch 1", "Averaged weights")
+
+
 def _ceil_div(length: int | None, parts: int) -> int | None:
     return None if length is None else -(-length // parts)
 
@@ -230,13 +238,11 @@ def _call_with(function: Callable[..., Any], **offered: Any) -> Any:
     """Calls a user's function with those arguments that it takes."""
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    return function(
-        **{
-            name: value
-            for name, value in offered.items()
-            if takes_all or name in parameters
-        }
-    )
+    taken = {n: v for n, v in offered.items() if takes_all or n in parameters}
+    try:
+        return function(**taken)
+    except ValueError as error:  # not ours: the user needs the traceback
+        raise RuntimeError(f"{function.__name__} raised {error!r}") from error
 
 
 def _data_of(function: Callable[..., Any], config: TrainConfig) -> Data:
@@ -283,32 +289,47 @@ def _make_model(config: TrainConfig, data: Data) -> keras.Model:
     return model
 
 
+def _check_metric(name: str) -> None:
+    try:
+        keras.metrics.get(name)
+    except ValueError as error:
+        raise ConfigError(
+            f"--metrics must be names of Keras metrics. Received {name}."
+        ) from error
+
+
 def _make_loss(config: TrainConfig, model: keras.Model) -> Any:
     if ":" in config.loss:
         return _imported("loss", config.loss)
+    class_name = config.loss
+    if class_name.islower():
+        class_name = "".join(word.title() for word in class_name.split("_"))
+    loss_class = getattr(keras.losses, class_name, None)
+    if isinstance(loss_class, type):
+        if "from_logits" not in inspect.signature(loss_class).parameters:
+            return loss_class()
+        return loss_class(from_logits=not _ends_in_probabilities(model))
     try:
-        loss = keras.losses.get(config.loss)
+        return keras.losses.get(config.loss)
     except ValueError as error:
         raise ConfigError(
-            f"--loss must be a Keras loss or module:function. Received "
+            "--loss must be a Keras loss or module:function. Received "
             f"{config.loss}."
         ) from error
-    if "crossentropy" not in config.loss:
-        return loss
-    is_probability = _last_activation(model) in ("softmax", "sigmoid")
-    loss_class = getattr(
-        keras.losses,
-        "".join(word.title() for word in config.loss.split("_")),
-    )
-    return loss_class(from_logits=not is_probability)
 
 
-def _last_activation(model: keras.Model) -> str | None:
+def _ends_in_probabilities(model: keras.Model) -> bool:
+    """Whether the last activation is a softmax or a sigmoid."""
     for layer in reversed(model.layers):
+        if isinstance(layer, keras.Model):
+            return _ends_in_probabilities(layer)
+        if isinstance(layer, keras.layers.Softmax):
+            return True
         activation = getattr(layer, "activation", None)
         if activation is not None:
-            return getattr(activation, "__name__", None)
-    return None
+            name = getattr(activation, "__name__", "")
+            return name in ("softmax", "sigmoid")
+    return False
 
 
 def _make_optimizer(

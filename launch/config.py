@@ -4,6 +4,7 @@ Standard library only: a mistake is found before TensorFlow is imported.
 """
 
 import dataclasses
+import importlib.util
 from typing import Any
 
 STRATEGIES = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
@@ -31,6 +32,7 @@ OPTIMIZERS = (
     "rmsprop",
     "sgd",
 )
+MODELS = ("mlp",)
 SCHEDULES = ("constant", "cosine", "linear")
 RESUMES = ("auto", "never", "must")
 DEFAULT_EPOCHS = 5
@@ -167,6 +169,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self._check_choices()
+        self._check_functions()
         self._check_numbers()
         self._check_devices()
         self._check_loss_scale()
@@ -226,6 +229,23 @@ class TrainConfig:
                     field.name,
                     f"must be one of {', '.join(choices)}",
                     value,
+                )
+
+    def _check_functions(self) -> None:
+        if ":" not in self.model and self.model not in MODELS:
+            _fail(
+                "model",
+                f"must be one of {', '.join(MODELS)}, or module:function",
+                self.model,
+            )
+        for name in ("model", "dataset", "loss"):
+            module, _, function = getattr(self, name).partition(":")
+            if function.isidentifier() and not _can_be_found(module):
+                _fail(
+                    name,
+                    f"must be module:function; there is no module {module!r} "
+                    "here or in PYTHONPATH",
+                    getattr(self, name),
                 )
 
     def _check_numbers(self) -> None:
@@ -377,6 +397,13 @@ _POSITIVE = (
     "clipvalue",
     "ema_overwrite_frequency",
 )
+
+
+def _can_be_found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def _check_positive_number(name: str, text: str) -> None:

@@ -16,7 +16,6 @@ _FREE = (
     "resume",
     "dry_run",
     "epochs",
-    "steps",
     "steps_per_loop",
     "eval_steps",
     "data_dir",
@@ -75,11 +74,11 @@ class RunDir:
         """
         moved = None
         if config.resume == "never" and self.path.exists():
-            moved = next(
-                path
+            paths = (
+                self.path.with_name(f"{self.path.name}.{number}")
                 for number in itertools.count(1)
-                if not (path := self.path.with_suffix(f".{number}")).exists()
             )
+            moved = next(path for path in paths if not path.exists())
             self.path.rename(moved)
         self.path.mkdir(parents=True, exist_ok=True)
         return moved
@@ -100,11 +99,13 @@ class RunDir:
         if not self.config.exists():
             return []
         before = json.loads(self.config.read_text())["settings"]
+        # A number of steps alone is the length of the only epoch.
+        free = {*_FREE, "steps"} if config.steps_per_epoch else set(_FREE)
         now = json.loads(json.dumps(dataclasses.asdict(config)))
         return [
             f"--{name}={before[name]} there, {value} here"
             for name, value in now.items()
-            if name not in _FREE and name in before and before[name] != value
+            if name not in free and name in before and before[name] != value
         ]
 
 

@@ -32,6 +32,7 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 def run() -> None:
     """Entry point of the console command; never returns."""
+    sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's modules
     sys.exit(main(sys.argv))
 
 
@@ -100,6 +101,9 @@ def train(config: TrainConfig, run_dir: RunDir) -> int:
         )
         return 0
     trainer.model.save(run_dir.model)
+    if config.ema is not None and data.test is not None:
+        results = trainer.evaluate(data.test, steps=config.eval_steps)
+        print(build.describe_average(results))
     print(f"results are in {run_dir.path}")
     return 0
 

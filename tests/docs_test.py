@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -27,6 +28,19 @@ def blocks(language):
 @pytest.mark.parametrize("code", blocks("python"))
 def test_python_of_the_readme_runs(code):
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_the_readmes_loop_is_the_same_on_two_replicas():
+    (code,) = (code for code in blocks("python") if "strategy.run" in code)
+    weights = []
+    for devices in ('["CPU:0"]', '["CPU:0", "CPU:1"]'):
+        keras.utils.set_random_seed(0)
+        names = {"__name__": "readme"}
+        made = code.replace('("auto")', f'("auto", devices={devices})')
+        exec(compile(made, "README.md", "exec"), names)
+        weights.append(names["model"].get_weights())
+    for one, other in zip(*weights, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-4)
 
 
 def test_the_readmes_own_model_and_data_train(tmp_path):

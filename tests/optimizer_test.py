@@ -49,6 +49,27 @@ def test_twenty_skips_at_the_floor_name_the_variable():
     assert variable.path in caught.value.message
 
 
+def test_keras_fit_compiles_it_with_xla():
+    strategy = dist_amp.make_strategy("one_device", devices=["CPU:0"])
+    with dist_amp.scope(strategy, "mixed_float16"):
+        model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2)])
+        optimizer = dist_amp.LossScaleOptimizer(keras.optimizers.Adam())
+        model.compile(optimizer, loss="mse", jit_compile=True)
+    x, y = np.full((8, 3), 1e30, "float32"), np.zeros((8, 2), "float32")
+    model.fit(x, y, epochs=2, verbose=0)
+    assert int(optimizer.skipped_updates) == 2
+
+
+def test_apply_outside_of_a_replica_says_where_to_call_it():
+    strategy = dist_amp.make_strategy("mirrored")
+    with strategy.scope():
+        optimizer = dist_amp.DistributedOptimizer(keras.optimizers.SGD())
+        variable = keras.Variable(1.0)
+        optimizer.build([variable])
+        with pytest.raises(RuntimeError, match=r"strategy\.run"):
+            optimizer.apply([tf.constant(1.0)], [variable])
+
+
 def test_a_good_update_forgives_earlier_skips_at_the_floor():
     optimizer, variable = make(initial_scale=1.0, min_scale=1.0)
     for _ in range(3):

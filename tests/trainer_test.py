@@ -193,6 +193,23 @@ def test_files_of_callbacks(tmp_path):
     assert list((tmp_path / "tb").rglob("events*"))
 
 
+@pytest.mark.parametrize("monitor", ["val_accuracy", "accuracy", "loss"])
+def test_callbacks_know_which_way_a_metric_is_better(monitor, tmp_path):
+    trainer = support.make_trainer(metrics=["accuracy"])
+    stopping = keras.callbacks.EarlyStopping(monitor, patience=99)
+    saving = keras.callbacks.ModelCheckpoint(
+        tmp_path / "best.keras", monitor=monitor, save_best_only=True
+    )
+    history = fit(
+        trainer,
+        epochs=3,
+        validation_data=support.make_dataset(),
+        callbacks=[stopping, saving],
+    )
+    best = min if monitor == "loss" else max
+    assert stopping.best == best(history.history[monitor])
+
+
 # --------------------------------------------------------------------- errors
 
 
@@ -247,6 +264,65 @@ def test_a_loss_that_is_reduced_already_is_refused():
 
     with pytest.raises(ValueError, match="one value for each example"):
         fit(support.make_trainer(loss=scalar))
+
+
+def test_a_broken_model_has_no_good_validation_loss():
+    trainer = support.make_trainer()
+    x, y = support.make_arrays(24)
+    x[3] = np.nan
+    assert np.isnan(trainer.evaluate(support.batched((x, y)))["loss"])
+
+
+def test_evaluate_within_an_epoch_is_refused():
+    trainer = support.make_trainer()
+    callback = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: trainer.evaluate(
+            support.make_dataset()
+        )
+    )
+    with pytest.raises(RuntimeError, match="resets the metrics"):
+        fit(trainer, callbacks=[callback])
+    trainer.evaluate(support.make_dataset())
+
+
+@pytest.mark.parametrize(
+    ("make_dataset", "error", "message"),
+    [
+        (lambda: support.make_arrays(8), TypeError, "from_tensor_slices"),
+        (lambda: support.make_dataset().unbatch(), ValueError, r"t\.batch"),
+        (
+            lambda: support.make_dataset().map(lambda x, y: x),
+            ValueError,
+            "inputs without targets",
+        ),
+    ],
+)
+def test_a_dataset_of_another_form_is_explained(make_dataset, error, message):
+    with pytest.raises(error, match=message):
+        fit(support.make_trainer(), make_dataset())
+
+
+def test_inputs_alone_train_a_model_that_adds_its_loss():
+    class AddsLoss(keras.layers.Layer):
+        def call(self, x):
+            self.add_loss(tf.reduce_mean(tf.square(x)))
+            return x
+
+    def make_model():
+        return keras.Sequential(
+            [
+                keras.Input((support.NUM_FEATURES,)),
+                keras.layers.Dense(4),
+                AddsLoss(),
+            ]
+        )
+
+    dataset = support.make_dataset(9).map(lambda x, y: x)
+    runs = [
+        support.fit_trainer(dataset, make_model, num_replicas=n, loss=None)
+        for n in (1, 4)
+    ]
+    support.assert_close(runs[1].weights, runs[0].weights)
 
 
 @pytest.mark.parametrize("num_replicas", support.NUM_REPLICAS)

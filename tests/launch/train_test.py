@@ -226,9 +226,11 @@ def test_a_mistake_is_one_line_before_tensorflow_starts(
         (["--devices=GPU:0"], "devices of this host.*--devices"),
         (["--strategy=mirrored", "--devices=GPU:0,GPU:1"], "of this host"),
         (["--precision=graph_float16"], "pass mixed_float16"),
-        (["--dataset=nowhere:data"], "--dataset must be module:function"),
+        (["--dataset=os:data"], "--dataset must be module:function"),
         (["--dataset=no_such_name"], "no dataset of TFDS"),
-        (["--model=nowhere:model"], "--model must be module:function"),
+        (["--model=os:model"], "--model must be module:function"),
+        (["--metrics=acuracy"], "--metrics must be names"),
+        (["--loss=hing"], "--loss must be a Keras loss"),
     ],
 )
 def test_a_mistake_that_the_machine_decides_is_one_error(
