@@ -191,7 +191,9 @@ def _to_metric(
         return found
     try:
         return type(found).from_config(found.get_config())
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
+        if isinstance(strategy, tf.distribute.MirroredStrategy):
+            return found  # one process: its replicas share the variables
         raise ValueError(
             f"The metric {found.name!r} was made outside of the strategy's "
             "scope and cannot be copied; make it in `with dist_amp.scope(...)`."

@@ -118,31 +118,6 @@ class Steps:
             )
         return tf.add_n(losses)
 
-    def average_moving_statistics(self, batch: Batch) -> None:
-        """Makes batch-norm statistics equal on all replicas: their mean.
-
-        The mean is over the replicas that had an example.
-        """
-        context = tf.distribute.get_replica_context()
-        variables = moving_statistics(self.model)
-        if context.num_replicas_in_sync == 1 or not variables:
-            return
-        has_examples = tf.cast(_num_rows(batch) > 0, tf.float32)
-        # Statistics of no example are NaN; NaN * 0 must be 0 here.
-        totals = context.all_reduce(
-            tf.distribute.ReduceOp.SUM,
-            [has_examples]
-            + [
-                tf.math.multiply_no_nan(
-                    tf.cast(variable, tf.float32), has_examples
-                )
-                for variable in variables
-            ],
-        )
-        for variable, total in zip(variables, totals[1:], strict=True):
-            mean = tf.cast(total / totals[0], variable.dtype)
-            variable.assign(mean)
-
     # ------------------------------------------------------ on the host
 
     def make_train_loop(self) -> Any:
@@ -185,9 +160,14 @@ class Steps:
 
     def _train_replica(self, batch: Batch) -> None:
         """The train step, and what must hold around any override of it."""
+        statistics = moving_statistics(self.model)
+        before = [tf.identity(variable) for variable in statistics]
+        skipped_before = tf.convert_to_tensor(self.optimizer.skipped_updates)
         with self.optimizer.micro_step_weight(batch.normalizer):
             self.train_step(batch)
-        self.average_moving_statistics(batch)
+        if statistics:
+            skipped = tf.convert_to_tensor(self.optimizer.skipped_updates)
+            _settle(statistics, before, batch, skipped > skipped_before)
 
     def _run(self, step: Callable[[Batch], None], iterator: Any) -> None:
         """Takes one element and runs a step on each replica's slice."""
@@ -215,6 +195,34 @@ class Steps:
             "skipped_updates": tf.convert_to_tensor(optimizer.skipped_updates),
             "learning_rate": tf.convert_to_tensor(optimizer.learning_rate),
         }
+
+
+def _settle(
+    statistics: list[keras.Variable],
+    before: list[tf.Tensor],
+    batch: Batch,
+    is_skipped: tf.Tensor,
+) -> None:
+    """Makes batch-norm statistics equal on all replicas: their mean.
+
+    The mean is over the replicas that had an example. Where an update was
+    skipped, or the mean is not finite, the statistics stay what they were.
+    """
+    means = [tf.cast(variable, tf.float32) for variable in statistics]
+    context = tf.distribute.get_replica_context()
+    if context.num_replicas_in_sync > 1:
+        has_examples = tf.cast(_num_rows(batch) > 0, tf.float32)
+        # Statistics of no example are NaN; NaN * 0 must be 0 here.
+        present = [tf.math.multiply_no_nan(m, has_examples) for m in means]
+        number, *totals = context.all_reduce(
+            tf.distribute.ReduceOp.SUM, [has_examples, *present]
+        )
+        means = [total / number for total in totals]
+    for variable, mean, old in zip(statistics, means, before, strict=True):
+        is_finite = tf.reduce_all(tf.math.is_finite(mean))
+        keeps_new = is_finite & ~is_skipped
+        new = tf.cast(mean, variable.dtype)
+        variable.assign(tf.where(keeps_new, new, old))
 
 
 def spread_seeds(
@@ -300,6 +308,7 @@ def _weighted_sum(
 ) -> tf.Tensor:
     """Sum over the slice of loss times weight, in float32."""
     per_example = loss.call if isinstance(loss, keras.losses.Loss) else loss
+    reduction_of_loss = getattr(loss, "reduction", "sum_over_batch_size")
     mask = getattr(prediction, "_keras_mask", None)
     prediction = tf.cast(prediction, tf.float32)
     values = per_example(_aligned(y, prediction), prediction)
@@ -310,22 +319,41 @@ def _weighted_sum(
             f"Received a scalar from {loss}; leave the mean to the trainer, "
             "which takes it over the global batch."
         )
-    factor = 1.0
+    weight = _with_rank_of(values, batch.weight)
     if mask is not None:
-        if accumulates:
-            raise ValueError(
-                "`gradient_accumulation_steps` cannot weigh losses that a "
-                "Keras mask makes shorter; mask by sample weights instead."
-            )
-        mask = tf.broadcast_to(tf.cast(mask, tf.float32), tf.shape(values))
-        factor = _inverse_valid_share(mask, batch)
-        values *= mask
-    weight = batch.weight
-    if weight.shape.rank < values.shape.rank:
-        values = _mean_over_elements(values, keep=weight.shape.rank)
-    elements_per_example = tf.reduce_prod(tf.shape(weight)[1:])
-    total = tf.reduce_sum(values * weight)
-    return factor * total / tf.cast(elements_per_example, tf.float32)
+        values *= tf.cast(mask, tf.float32)
+    if reduction_of_loss == "sum":
+        return tf.reduce_sum(values * weight)
+    total = _sum_of_means(values * weight)
+    if mask is None:
+        return total
+    if accumulates:
+        raise ValueError(
+            "`gradient_accumulation_steps` cannot weigh losses that a "
+            "Keras mask makes shorter; mask by sample weights instead."
+        )
+    counts = weight
+    if reduction_of_loss != "mean_with_sample_weight":
+        counts = 1.0 / batch.global_size
+    valid = _sum_of_means(
+        tf.cast(mask, tf.float32) * counts * tf.ones_like(values)
+    )
+    context = tf.distribute.get_replica_context()
+    valid = context.all_reduce(tf.distribute.ReduceOp.SUM, valid)
+    return tf.math.divide_no_nan(total, valid)
+
+
+def _with_rank_of(values: tf.Tensor, weight: tf.Tensor) -> tf.Tensor:
+    """Weights `[batch]` as `[batch, 1, ...]`, to multiply the values."""
+    missing = values.shape.rank - weight.shape.rank
+    shape = tf.concat([tf.shape(weight), [1] * missing], axis=0)
+    return tf.reshape(weight, shape) if missing > 0 else weight
+
+
+def _sum_of_means(values: tf.Tensor) -> tf.Tensor:
+    """Sum over examples of the mean over the other axes: tokens, pixels."""
+    axes = list(range(1, values.shape.rank))
+    return tf.reduce_sum(tf.reduce_mean(values, axis=axes))
 
 
 def _aligned(y: tf.Tensor, prediction: tf.Tensor) -> tf.Tensor:
@@ -338,21 +366,6 @@ def _aligned(y: tf.Tensor, prediction: tf.Tensor) -> tf.Tensor:
     if lacks_axis and prediction.shape[-1] == 1:
         return tf.expand_dims(y, axis=-1)
     return y
-
-
-def _mean_over_elements(values: tf.Tensor, keep: int) -> tf.Tensor:
-    """Means over the axes from `keep` on: tokens, pixels."""
-    return tf.reduce_mean(values, axis=list(range(keep, values.shape.rank)))
-
-
-def _inverse_valid_share(mask: tf.Tensor, batch: Batch) -> tf.Tensor:
-    """Keras takes the mean over the elements that its mask leaves."""
-    share = tf.reduce_sum(_mean_over_elements(mask, keep=1))
-    context = tf.distribute.get_replica_context()
-    total = context.all_reduce(
-        tf.distribute.ReduceOp.SUM, share / batch.global_size
-    )
-    return tf.math.divide_no_nan(1.0, total)
 
 
 def _num_rows(batch: Batch) -> tf.Tensor:

@@ -68,8 +68,6 @@ def test_weight_regularization(num_replicas, num_examples):
     support.assert_parity(trained, support.fit_reference(dataset, make_model))
 
 
-# LIBRARY BUG (open): the output of one example is a sum on one device, and
-# weighted by the replica's share of the batch on several.
 @pytest.mark.parametrize("num_replicas", [1, 2])
 def test_activity_regularization(num_replicas):
     def make_model():
@@ -92,8 +90,6 @@ class _AddMeanSquare(keras.layers.Layer):
         return x
 
 
-# LIBRARY BUG (open): with 9 examples a replica is empty; its mean is NaN, and
-# NaN times a share of zero is NaN, so the trainer raises FloatingPointError.
 @pytest.mark.parametrize("num_replicas", support.NUM_REPLICAS)
 @pytest.mark.parametrize("num_examples", [21, 9])
 def test_added_loss_that_is_a_mean_over_the_batch(num_replicas, num_examples):
@@ -256,17 +252,12 @@ def test_weights_of_sequences(mask_zero, num_replicas):
     support.assert_close(trained.weights, reference.weights)
 
 
-# LIBRARY BUG (open): the weights' last axis of one is not broadcast before
-# the division by the number of elements: 5 tokens make the loss 5 times as
-# large.
 @pytest.mark.parametrize("num_replicas", [1, 4])
 @pytest.mark.parametrize("mask_zero", [False, True])
 def test_weights_of_sequences_in_keras_form(mask_zero, num_replicas):
     _assert_tagger_parity(_weighted("sequence"), num_replicas, mask_zero)
 
 
-# LIBRARY BUG (open): Keras' "sum" adds up the tokens, with no regard to how
-# many the mask leaves; the trainer takes their mean.
 @pytest.mark.parametrize("num_replicas", [1, 4])
 @pytest.mark.parametrize("weights", ["none", "token"])
 @pytest.mark.parametrize("mask_zero", [False, True])
@@ -276,8 +267,6 @@ def test_sum_of_token_losses(mask_zero, weights, num_replicas):
     )
 
 
-# LIBRARY BUG (open), with a mask and weights: Keras divides by the sum of the
-# weights that the mask leaves.
 @pytest.mark.parametrize("num_replicas", [1, 4])
 @pytest.mark.parametrize("weights", ["none", "token"])
 @pytest.mark.parametrize("mask_zero", [False, True])

@@ -149,8 +149,6 @@ class _FactoredMean(keras.metrics.Mean):
         return super().update_state(self._factor * prediction)
 
 
-# LIBRARY BUG (open): `MetricSet` makes a copy of each instance from its
-# configuration; plain Keras takes these metrics as they are.
 @pytest.mark.parametrize(
     ("make_metric", "factor"),
     [

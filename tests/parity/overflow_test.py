@@ -173,8 +173,6 @@ def test_a_large_target_overflows_the_gradient_only(num_replicas):
     ).all()
 
 
-# LIBRARY BUG (open): the update is skipped, but the moving statistics have
-# taken in the NaN of the forward pass by then, and keep it for ever.
 @pytest.mark.parametrize("num_replicas", support.NUM_REPLICAS)
 def test_an_overflow_leaves_batch_norm_statistics_finite(num_replicas):
     arrays = _poisoned_arrays(num_replicas - 1, num_replicas)
@@ -192,7 +190,10 @@ def test_an_overflow_leaves_batch_norm_statistics_finite(num_replicas):
         precision="mixed_float16",
         fit={"epochs": 1},
     )
-    assert _numbers(trained.optimizer)[1:] == [1, 2]
+    # Statistics of two examples make steep gradients: more may overflow.
+    _, skipped, applied = _numbers(trained.optimizer)
+    assert skipped >= 1
+    assert skipped + applied == 3
     for variable in trained.model.variables:
         assert np.isfinite(support.local_copies(variable)).all(), variable.path
 
@@ -337,9 +338,13 @@ def test_fit_names_what_overflows_at_the_floor(num_replicas, replica):
     dataset = _branch_dataset([True] * 20, replica, num_replicas)
     with pytest.raises(tf.errors.InvalidArgumentError) as raised:
         model.fit(dataset, verbose=0, shuffle=False)
-    assert "20 updates in a row" in str(raised.value)
-    assert "wild/kernel, wild/bias" in str(raised.value)
-    assert "calm/kernel" not in str(raised.value)
+    found = re.search(
+        r"20 updates in a row.*\[([\d ]+)\] \[(.*?)\]", str(raised.value)
+    )
+    paths = found[2].split(", ")
+    bad = {paths[int(number)] for number in found[1].split()}
+    assert bad == {"wild/kernel", "wild/bias"}
+    assert "calm/kernel" in paths
 
 
 @pytest.mark.parametrize("num_replicas", support.NUM_REPLICAS)

@@ -61,7 +61,8 @@ def _recording_sgd(kinds):
 
     class RecordingSGD(keras.optimizers.SGD):
         def update_step(self, gradient, variable, learning_rate):
-            kinds[variable.name] = type(gradient)
+            name = variable.name.rpartition("/")[2].partition(":")[0]
+            kinds[name] = type(gradient)
             super().update_step(gradient, variable, learning_rate)
 
     return RecordingSGD
