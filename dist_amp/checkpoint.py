@@ -1,9 +1,10 @@
 """Checkpointer: the state of a training run, on disk and back."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 
@@ -18,6 +19,9 @@ class Checkpointer:
     Args:
         directory: Where `ckpt-<step>` files go; made when first saved to.
         groups: Variables by group, say `{"model": model.variables}`.
+        per_replica: Variables that differ between replicas and are added up
+            when read: metrics. Each replica gets back what it had; on
+            another number of replicas, the first one gets the sum.
         counters: Names of the integers that are saved along.
         max_to_keep: Checkpoints kept; older ones are deleted.
     """
@@ -27,6 +31,7 @@ class Checkpointer:
         directory: str | pathlib.Path,
         groups: Mapping[str, Sequence[keras.Variable]],
         *,
+        per_replica: Sequence[keras.Variable] = (),
         counters: Sequence[str],
         max_to_keep: int = 3,
     ):
@@ -38,8 +43,13 @@ class Checkpointer:
             for group, variables in groups.items()
             for index, variable in enumerate(variables)
         }
+        self._per_replica = list(per_replica)
+        self._stacks = {
+            f"per_replica_{index:04d}": _make_stack(variable)
+            for index, variable in enumerate(self._per_replica)
+        }
         self._manager = tf.train.CheckpointManager(
-            tf.train.Checkpoint(**state, **self._counters),
+            tf.train.Checkpoint(**state, **self._stacks, **self._counters),
             str(directory),
             max_to_keep=max_to_keep,
         )
@@ -53,6 +63,8 @@ class Checkpointer:
         """
         for name, variable in self._counters.items():
             variable.assign(counters[name])
+        for variable, stack in self._pairs():
+            stack.assign(tf.stack([c.numpy() for c in _copies(variable)]))
         return self._manager.save(checkpoint_number=step)
 
     def restore(self) -> dict[str, int] | None:
@@ -79,12 +91,41 @@ class Checkpointer:
                 f"directory (--run_dir, --resume=never). TensorFlow says: "
                 f"{str(error).splitlines()[0]}"
             ) from error
+        for variable, stack in self._pairs():
+            _unstack(stack.numpy(), _copies(variable))
         return {
             name: int(variable.numpy())
             for name, variable in self._counters.items()
         }
 
+    def _pairs(self) -> Iterable[tuple[keras.Variable, tf.Variable]]:
+        return zip(self._per_replica, self._stacks.values(), strict=True)
+
     @property
     def latest(self) -> str | None:
         """Path of the newest checkpoint."""
         return self._manager.latest_checkpoint
+
+
+def _copies(variable: keras.Variable) -> Sequence[tf.Variable]:
+    """A variable on each replica of this host."""
+    return getattr(variable.value, "values", (variable.value,))
+
+
+def _make_stack(variable: keras.Variable) -> tf.Variable:
+    """Room for the values of any number of replicas."""
+    shape = tuple(variable.shape)
+    return tf.Variable(
+        tf.zeros([1, *shape], variable.dtype),
+        shape=tf.TensorShape([None, *shape]),
+        trainable=False,
+    )
+
+
+def _unstack(values: np.ndarray, copies: Sequence[tf.Variable]) -> None:
+    if len(values) != len(copies):
+        total = np.zeros((len(copies), *values.shape[1:]), values.dtype)
+        total[0] = values.sum(axis=0)
+        values = total
+    for value, copy in zip(values, copies, strict=True):
+        copy.assign(value)

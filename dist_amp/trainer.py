@@ -392,11 +392,11 @@ class Trainer(Steps):
         groups = {
             "model": self.model.variables,
             "optimizer": self.optimizer.variables,
-            "metrics": self.metrics.variables,
         }
         return Checkpointer(
             directory,
             groups,
+            per_replica=self.metrics.variables,
             counters=("epoch", "step_in_epoch", "step", "steps_per_epoch"),
         )
 

@@ -92,6 +92,36 @@ def test_a_run_goes_on_with_another_number_of_replicas(tmp_path):
     support.assert_close(moved, straight)
 
 
+@pytest.mark.parametrize(("saved", "restored"), [(4, 4), (4, 2), (1, 2)])
+def test_metrics_under_way_move_to_any_number_of_replicas(
+    tmp_path, saved, restored
+):
+    def make(num_replicas):
+        with support.make_strategy(num_replicas).scope():
+            metric = keras.metrics.Mean()
+        return metric, Checkpointer(
+            tmp_path, {}, per_replica=metric.variables, counters=["step"]
+        )
+
+    metric, checkpointer = make(saved)
+    for index, copies in enumerate(
+        zip(*map(copies_of, metric.variables), strict=True)
+    ):
+        for copy, value in zip(copies, (0.1 + index, 1.0 + index), strict=True):
+            copy.assign(value)
+    checkpointer.save(1, {"step": 1})
+    other, checkpointer = make(restored)
+    checkpointer.restore()
+    assert float(other.result()) == pytest.approx(float(metric.result()))
+    if saved == restored:
+        for one, two in zip(other.variables, metric.variables, strict=True):
+            assert support.local_copies(one) == support.local_copies(two)
+
+
+def copies_of(variable):
+    return getattr(variable.value, "values", (variable.value,))
+
+
 def test_keeps_the_newest_and_returns_the_counters(tmp_path):
     variable = keras.Variable([1.0, 2.0])
     checkpointer = Checkpointer(
