@@ -3,21 +3,26 @@
 The same model on one device, N replicas, many hosts or a TPU.
 """
 
+from dist_amp.checkpoint import Checkpointer, SavePolicy
 from dist_amp.optimizer import (
     DistributedOptimizer,
     LossScaleOptimizer,
     wrap_optimizer,
 )
 from dist_amp.precision import Precision, scope
+from dist_amp.rollback import RollbackPolicy
 from dist_amp.strategy import make_strategy
 from dist_amp.trainer import Trainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Checkpointer",
     "DistributedOptimizer",
     "LossScaleOptimizer",
     "Precision",
+    "RollbackPolicy",
+    "SavePolicy",
     "Trainer",
     "make_strategy",
     "scope",

@@ -1,15 +1,17 @@
-"""Callbacks that Keras lacks: a progress line with rates, and JSON lines."""
+"""What Keras callbacks lack: a progress line, JSON lines, state to save."""
 
+import copy
 import json
 import math
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TextIO
 
 import keras
+import numpy as np
 
 TRAIN_ONLY = (
     "loss_scale",
@@ -40,7 +42,7 @@ class JsonLines(keras.callbacks.Callback):
         super().__init__()
         self._path = pathlib.Path(path)
         self._global_step = global_step
-        self._is_pruned = False
+        self._next_epoch: int | None = None
 
     def on_epoch_end(
         self, epoch: int, logs: Mapping[str, Any] | None = None
@@ -60,18 +62,97 @@ class JsonLines(keras.callbacks.Callback):
             for line in lines:
                 plain = {name: _plain(name, v) for name, v in line.items()}
                 file.write(json.dumps(plain) + "\n")
+        self._next_epoch = epoch + 1
 
     def on_epoch_begin(
         self, epoch: int, logs: Mapping[str, Any] | None = None
     ) -> None:
-        """Drops lines of this epoch and later ones, at the first epoch."""
-        if self._is_pruned:
+        """Drops lines of this epoch and later ones: they come again."""
+        if self._next_epoch is not None and epoch >= self._next_epoch:
             return
-        self._is_pruned = True
+        self._next_epoch = epoch
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._path.open().readlines() if self._path.exists() else []
-        kept = [line for line in lines if json.loads(line)["epoch"] <= epoch]
-        self._path.write_text("".join(kept))
+        kept = [line for line in lines if _epoch_of(line) <= epoch]
+        part = self._path.with_name(f"{self._path.name}.part")
+        part.write_text("".join(kept))
+        part.replace(self._path)
+
+    def get_state(self) -> dict[str, Any]:
+        """Nothing: the file itself is the state."""
+        return {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+
+class CallbackStates:
+    """What callbacks have learned since training began, to save and restore.
+
+    Of each callback, the attributes that are not what they were when training
+    began, where they are numbers, strings, lists or dicts of them, or arrays:
+    `EarlyStopping.best`, its `best_weights`, a counter of your own. A callback
+    that has `get_state()` and `set_state(state)`, a dict that JSON can hold,
+    speaks for itself.
+
+    Args:
+        callbacks: Right after `on_train_begin`.
+    """
+
+    def __init__(self, callbacks: Sequence[keras.callbacks.Callback]):
+        self._callbacks = list(callbacks)
+        self._at_begin = [_plain_attributes(c) for c in self._callbacks]
+
+    def read(self) -> tuple[list[Any], dict[str, np.ndarray]]:
+        """Plain values, and arrays by name; what `write` takes."""
+        states: list[Any] = []
+        arrays: dict[str, np.ndarray] = {}
+        pairs = zip(self._callbacks, self._at_begin, strict=True)
+        for index, (callback, at_begin) in enumerate(pairs):
+            kind = type(callback).__name__
+            if hasattr(callback, "get_state"):
+                states.append([kind, callback.get_state()])
+                continue
+            now = _plain_attributes(callback)
+            changed = {
+                n: v for n, v in now.items() if n not in at_begin
+                or json.dumps(v) != json.dumps(at_begin[n])
+            }  # fmt: skip
+            states.append([kind, changed])
+            for name, value in _array_attributes(callback).items():
+                for place, array in enumerate(value):
+                    arrays[f"callbacks/{index}/{name}/{place:05d}"] = array
+        return states, arrays
+
+    def write(
+        self, states: Sequence[Any], arrays: Mapping[str, np.ndarray]
+    ) -> list[str]:
+        """Gives callbacks what `read` returned, by kind and order.
+
+        Returns:
+            The kinds that were saved and are not here.
+        """
+        left_out, callbacks = [], list(enumerate(self._callbacks))
+        for old_index, (kind, state) in enumerate(states):
+            matches = [c for c in callbacks if type(c[1]).__name__ == kind]
+            if not matches:
+                left_out.append(kind)
+                continue
+            callbacks.remove(matches[0])
+            index, callback = matches[0]
+            if hasattr(callback, "set_state"):
+                callback.set_state(state)
+                continue
+            prefix = f"callbacks/{old_index}/"
+            for name, value in {**self._at_begin[index], **state}.items():
+                setattr(callback, name, copy.deepcopy(value))
+            for name in {
+                k.split("/")[2] for k in arrays if k.startswith(prefix)
+            }:
+                values = [v for k, v in sorted(arrays.items())
+                          if k.startswith(f"{prefix}{name}/")]  # fmt: skip
+                setattr(callback, name, values)
+        return left_out
 
 
 class Progress(keras.callbacks.Callback):
@@ -138,6 +219,13 @@ class Progress(keras.callbacks.Callback):
         self._stream.write(self._describe(epoch, logs) + "\n")
         self._stream.flush()
 
+    def get_state(self) -> dict[str, Any]:
+        """Nothing: what is on the screen is no state of the run."""
+        return {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
     def _progress_line(self, step: int, logs: Mapping[str, Any]) -> str:
         total = self.params.get("steps")
         done = (
@@ -163,6 +251,39 @@ class Progress(keras.callbacks.Callback):
         else:
             self._stream.write(line + "\n")
         self._stream.flush()
+
+
+def _plain_attributes(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    """Attributes that JSON can hold, and gives back as they were."""
+    found = {}
+    for name, value in vars(callback).items():
+        value = value.item() if isinstance(value, np.generic) else value
+        if name not in ("params", "validation_data") and _is_plain(value):
+            found[name] = copy.deepcopy(value)
+    return found
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(
+            isinstance(k, str) and _is_plain(v) for k, v in value.items()
+        )
+    return value is None or isinstance(value, bool | int | float | str)
+
+
+def _array_attributes(
+    callback: keras.callbacks.Callback,
+) -> dict[str, list[np.ndarray]]:
+    """Lists of arrays, like the best weights."""
+    return {
+        name: value
+        for name, value in vars(callback).items()
+        if isinstance(value, list)
+        and value
+        and all(isinstance(one, np.ndarray) for one in value)
+    }
 
 
 def describe_epoch(epoch: int, logs: Mapping[str, float]) -> str:
@@ -200,6 +321,14 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(_short, value))
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.3f}"
+
+
+def _epoch_of(line: str) -> float:
+    """Of a line of JSON; infinite if the process was killed writing it."""
+    try:
+        return json.loads(line)["epoch"]
+    except (ValueError, KeyError):
+        return math.inf
 
 
 def _plain(name: str, value: Any) -> Any:

@@ -1,131 +1,601 @@
-"""Checkpointer: the state of a training run, on disk and back."""
+"""Checkpointer: the state of a training run, on disk and back.
 
-import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+A save copies the variables to host memory, which is all that training waits
+for, and a thread writes them (`storage` says how). Every worker takes part;
+only the chief writes.
+"""
+
+import dataclasses
+import difflib
+import importlib.metadata
+import logging
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from dist_amp import storage
+from dist_amp import strategy as strategy_lib
+from dist_amp.storage import Manifest
+
+_log = logging.getLogger(__name__)
+
+Variable: TypeAlias = keras.Variable | tf.Variable
+
+_SUMMED, _PER_REPLICA, _ARRAYS = "metrics", "per_replica", "arrays"
+_PACKAGES = ("tensorflow", "keras", "numpy")
+_MAX_SHOWN = 10
+_NOTHING, _FAILED = -1, -2
+
+
+@dataclasses.dataclass(frozen=True)
+class SavePolicy:
+    """When a run is saved, and which checkpoints are kept.
+
+    Whatever the policy, the newest whole checkpoint is kept, and a run that
+    is asked to stop is saved.
+
+    Attributes:
+        every_epochs: Epochs between saves at their ends; None: never there.
+        every_steps: Updates between saves.
+        every_minutes: Minutes between saves.
+        max_to_keep: The newest so many are kept.
+        keep_best: Name in the logs of an epoch, say "val_loss"; the
+            checkpoint that was best in it is kept too.
+        mode: Whether the "min" or the "max" of `keep_best` is the best;
+            "auto" goes by the metric, or takes losses and errors for "min".
+        keep_every: Each so many-th save is kept for ever.
+
+    Raises:
+        ValueError: A number is not positive, or the mode is unknown.
+
+    Example:
+    >>> policy = dist_amp.SavePolicy(every_minutes=10, keep_best="val_loss")
+    """
+
+    every_epochs: int | None = 1
+    every_steps: int | None = None
+    every_minutes: float | None = None
+    max_to_keep: int = 3
+    keep_best: str | None = None
+    mode: str = "auto"
+    keep_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int | float) and not value > 0:
+                raise ValueError(
+                    f"`{field.name}` must be positive. Received {value!r}."
+                )
+        if self.mode not in ("auto", "min", "max"):
+            raise ValueError(
+                f"`mode` must be auto, min or max. Received {self.mode!r}."
+            )
+
+    def kept(self, manifests: Sequence[Manifest]) -> list[Manifest]:
+        """Which of these checkpoints, oldest first, are not to be deleted."""
+        newest = {m.step: m for m in manifests}  # of each step the last one
+        distinct = list(newest.values())
+        chosen = {m.number for m in distinct[-self.max_to_keep :]}
+        if self.keep_every:
+            chosen |= {
+                m.number for m in distinct if m.number % self.keep_every == 0
+            }
+        best = self.best(distinct)
+        if best is not None:
+            chosen.add(best.number)
+        return [m for m in distinct if m.number in chosen]
+
+    def best(self, manifests: Iterable[Manifest]) -> Manifest | None:
+        """The first one that was best in `keep_best`; None if none has it."""
+        name = self.keep_best
+        rated = [m for m in manifests if name in m.metrics and m.is_finite]
+        if not name or not rated:
+            return None
+        is_less = self.mode == "min" or (
+            self.mode == "auto" and re.search("loss|error", name)
+        )
+        return (min if is_less else max)(rated, key=lambda m: m.metrics[name])
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """What a checkpoint held beside the variables.
+
+    Attributes:
+        path: The checkpoint.
+        step: Its global step.
+        state: The plain values that `save` was given.
+        arrays: The arrays that `save` was given.
+        has_same_replicas: Whether it was saved by as many replicas.
+        left_out: What differs and was not restored; empty if `strict`.
+    """
+
+    path: str
+    step: int
+    state: dict[str, Any]
+    arrays: dict[str, np.ndarray]
+    has_same_replicas: bool
+    left_out: Sequence[str] = ()
+
 
 class Checkpointer:
-    """Saves and restores groups of variables and a few counters.
+    """Saves and restores groups of variables with plain values beside them.
 
-    Variables are keyed by group and position, not by Keras' automatic names,
-    which differ between a notebook's second model and a fresh process. (Keras'
-    own `tf.train.Checkpoint(model=...)` leaves out the seeds of random
-    layers.)
+    Use it in a `with` block: entering takes the folder's lock, leaving waits
+    for the save under way.
 
     Args:
-        directory: Where `ckpt-<step>` files go; made when first saved to.
-        groups: Variables by group, say `{"model": model.variables}`.
-        per_replica: Variables that differ between replicas and are added up
-            when read: metrics. Each replica gets back what it had; on
-            another number of replicas, the first one gets the sum.
-        counters: Names of the integers that are saved along.
-        max_to_keep: Checkpoints kept; older ones are deleted.
+        directory: Where the checkpoints go; local, or `gs://` and the like.
+            On several workers it must be storage that all of them share.
+        groups: Variables by group, say `{"model": model.variables}`. They are
+            matched by their order; shapes, dtypes and names (but for the
+            numbers that Keras adds) must agree.
+        summed: Variables that differ between replicas and are added up when
+            read: metrics. Each replica gets back what it had; on another
+            number of replicas, the first one gets the sum.
+        per_replica: Variables that differ between replicas: random states.
+            Each replica gets back what it had; on another number of
+            replicas, all get the first one's.
+        policy: Which checkpoints are kept.
+        strategy: The one that the variables were made under; the current one
+            by default.
+
+    Raises:
+        dist_amp.storage.LockedError: On entering: another run has the folder.
+        OSError: On entering: the folder cannot be written.
+
+    Example:
+    >>> import tempfile
+    >>> weight = keras.Variable([1.0, 2.0])
+    >>> directory = tempfile.mkdtemp()
+    >>> with dist_amp.Checkpointer(directory, {"model": [weight]}) as saver:
+    ...     saver.save(120, {"epoch": 3})
+    ...     weight.assign([0.0, 0.0])
+    ...     restored = saver.restore()
+    >>> restored.state["epoch"], weight.numpy().tolist()
+    (3, [1.0, 2.0])
     """
 
     def __init__(
         self,
-        directory: str | pathlib.Path,
-        groups: Mapping[str, Sequence[keras.Variable]],
+        directory: str,
+        groups: Mapping[str, Sequence[Variable]],
         *,
-        per_replica: Sequence[keras.Variable] = (),
-        counters: Sequence[str],
-        max_to_keep: int = 3,
+        summed: Sequence[Variable] = (),
+        per_replica: Sequence[Variable] = (),
+        policy: SavePolicy | None = None,
+        strategy: tf.distribute.Strategy | None = None,
     ):
-        self._counters = {
-            name: tf.Variable(0, dtype=tf.int64) for name in counters
-        }
-        state = {
-            f"{group}_{index:04d}": variable.value
-            for group, variables in groups.items()
-            for index, variable in enumerate(variables)
-        }
-        self._per_replica = list(per_replica)
-        self._stacks = {
-            f"per_replica_{index:04d}": _make_stack(variable)
-            for index, variable in enumerate(self._per_replica)
-        }
-        self._manager = tf.train.CheckpointManager(
-            tf.train.Checkpoint(**state, **self._stacks, **self._counters),
-            str(directory),
-            max_to_keep=max_to_keep,
-        )
+        self.directory = str(directory)
+        self._policy = policy or SavePolicy()
+        self._strategy = strategy or tf.distribute.get_strategy()
+        self._is_chief = strategy_lib.task_index(self._strategy) == 0
+        self._variables = _keyed(groups)
+        self._stacks = _keyed({_SUMMED: summed, _PER_REPLICA: per_replica})
+        self._lock: Any = None
+        self._thread: threading.Thread | None = None
+        self._num_saves = 0
+        self.error: Exception | None = None
+        self.waited_secs = 0.0
 
-    def save(self, step: int, counters: Mapping[str, int]) -> str:
-        """Writes `ckpt-<step>`; returns its path.
+    def __enter__(self) -> "Checkpointer":
+        self._on_chief(self._open)
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.wait()
+        if self._lock is not None:
+            self._lock.__exit__(*exception)
+
+    # ---------------------------------------------------------------- saving
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, Any] | None = None,
+        *,
+        arrays: Mapping[str, np.ndarray] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
+        """Copies everything to host memory and has it written meanwhile.
+
+        A save that is still being written is waited for first. If writing
+        fails (a full disk), the log says so, `error` holds the exception, and
+        the checkpoints that were there remain.
 
         Args:
             step: Global step, part of the name.
-            counters: A value for each of the counters.
+            state: Values that JSON can hold.
+            arrays: Further arrays by name.
+            metrics: Results of the epoch that ends here, for `keep_best`.
         """
-        for name, variable in self._counters.items():
-            variable.assign(counters[name])
-        for variable, stack in self._pairs():
-            stack.assign(tf.stack([c.numpy() for c in _copies(variable)]))
-        return self._manager.save(checkpoint_number=step)
+        begin = time.monotonic()
+        self.wait()
+        if time.monotonic() - begin > 1.0:
+            _log.warning(
+                "training waited %.1f s for the save before step %d to end: "
+                "save less often, or to a faster disk",
+                time.monotonic() - begin,
+                step,
+            )
+        tensors = self._snapshot()
+        for name, array in (arrays or {}).items():
+            tensors[f"{_ARRAYS}/{name}"] = tf.convert_to_tensor(array)
+        content = {
+            **(state or {}),
+            "num_replicas": self._strategy.num_replicas_in_sync,
+            "versions": versions(),
+        }
+        self._num_saves += 1
+        if self._is_chief:
+            self._thread = threading.Thread(
+                target=self._write,
+                name="checkpoint writer",
+                args=(step, tensors, content, dict(metrics or {})),
+            )
+            self._thread.start()
+        self.waited_secs = time.monotonic() - begin
 
-    def restore(self) -> dict[str, int] | None:
-        """Restores the newest checkpoint; None if there is none.
+    def wait(self) -> None:
+        """Returns when nothing is being written any more."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
 
-        Returns:
-            The counters as they were saved.
+    def discard_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps: training went back."""
+        self.wait()
+        self._on_chief(lambda: self._discard_after(step))
+
+    # -------------------------------------------------------------- restoring
+
+    def restore(
+        self, *, strict: bool = True, only_finite: bool = False
+    ) -> Restored | None:
+        """Restores the newest whole checkpoint; None if there is none.
+
+        Checksums are compared first. A checkpoint that is damaged is named in
+        the log and renamed to `*.damaged`, and the one before it is used.
+
+        Args:
+            strict: Whether every variable must be in the checkpoint and the
+                other way round. Else what has the same name and shape is
+                restored, and the log names the rest.
+            only_finite: Passes over checkpoints that hold NaN or infinity.
 
         Raises:
-            ValueError: The checkpoint holds other variables than this model
-                and optimizer have.
+            ValueError: It holds other variables; the message lists them.
+            dist_amp.storage.DamagedError: There are checkpoints, and all of
+                them are damaged.
         """
-        path = self._manager.latest_checkpoint
-        if path is None:
+        self.wait()
+        place = self._on_chief(lambda: self._newest_usable(only_finite))
+        if place == _NOTHING:
             return None
+        path = self._on_every_worker(place)
+        tensors = storage.read_tensors(path)
+        state = storage.read_state(path)
+        pairs, left_out = self._match(path, tensors, strict)
+        self._assign(tensors, pairs)
+        replicas = self._strategy.num_replicas_in_sync
+        _warn_of_other_versions(path, state.pop("versions"))
+        return Restored(
+            path=path,
+            step=storage.step_of(path),
+            has_same_replicas=state.pop("num_replicas") == replicas,
+            state=state,
+            arrays={
+                name.removeprefix(f"{_ARRAYS}/"): value
+                for name, value in tensors.items()
+                if name.startswith(f"{_ARRAYS}/")
+            },
+            left_out=left_out,
+        )
+
+    # ---------------------------------------------------------------- private
+
+    def _open(self) -> int:
+        lock = storage.lock(self.directory)
+        lock.__enter__()
+        self._lock = lock
+        manifests = whole_manifests(self.directory)
+        self._num_saves = max((m.number for m in manifests.values()), default=0)
+        return 0
+
+    def _snapshot(self) -> dict[str, tf.Tensor]:
+        """Everything in host memory; a tensor that was read never changes."""
+        tensors = {}
+        for key, variable in self._variables.items():
+            with tf.device("CPU:0"):
+                tensors[key] = tf.identity(
+                    strategy_lib.local_copies(variable)[0]
+                )
+        for key, variable in self._stacks.items():
+            values = [
+                tf.convert_to_tensor(c)
+                for c in strategy_lib.local_copies(variable)
+            ]
+            stack = strategy_lib.gather_replicas(self._strategy, values)
+            with tf.device("CPU:0"):
+                tensors[key] = tf.constant(stack)
+        return tensors
+
+    def _write(
+        self,
+        step: int,
+        tensors: Mapping[str, tf.Tensor],
+        state: Mapping[str, Any],
+        metrics: Mapping[str, float],
+    ) -> None:
+        path = ""
         try:
-            status = self._manager.checkpoint.restore(path)
-            status.assert_existing_objects_matched()
-            status.assert_consumed()
-        except (AssertionError, ValueError) as error:
-            raise ValueError(
-                f"The checkpoint {path} is of another model or optimizer: "
-                "start with the settings that it was made with, or in a new "
-                f"directory (--run_dir, --resume=never). TensorFlow says: "
-                f"{str(error).splitlines()[0]}"
-            ) from error
-        for variable, stack in self._pairs():
-            _unstack(stack.numpy(), _copies(variable))
-        return {
-            name: int(variable.numpy())
-            for name, variable in self._counters.items()
+            path = storage.new_path(self.directory, step)
+            with tf.device("CPU:0"):
+                manifest = storage.write(
+                    path,
+                    tensors,
+                    state,
+                    step=step,
+                    number=self._num_saves,
+                    metrics=metrics,
+                )
+            self.error = None
+            _log.debug("saved %s: %s", path, readable_size(manifest.num_bytes))
+            self._prune()
+        except Exception as error:  # in a thread of its own: it must be heard
+            self._report(step, path, error)
+
+    def _report(self, step: int, path: str, error: Exception) -> None:
+        self.error = error
+        _log.error(
+            "COULD NOT SAVE step %d in %s: %s. Training goes on, the "
+            "checkpoints before it remain, and the next save will be tried.",
+            step,
+            self.directory,
+            str(error).splitlines()[0],
+        )
+        try:
+            storage.remove(path)  # gives its room back to a full disk
+        except storage.IO_ERRORS as second:
+            _log.error("%s cannot be removed: %s", path, second)
+
+    def _prune(self) -> None:
+        """Deletes what the policy does not keep, and what was cut short."""
+        whole = whole_manifests(self.directory)
+        kept = {m.number for m in self._policy.kept(list(whole.values()))}
+        for path in storage.find(self.directory):
+            if path not in whole or whole[path].number not in kept:
+                storage.remove(path)
+
+    def _discard_after(self, step: int) -> int:
+        for path in storage.find(self.directory):
+            if storage.step_of(path) > step:
+                storage.remove(path)
+        return 0
+
+    def _newest_usable(self, only_finite: bool) -> int:
+        """Its place in the folder, after damaged ones were set aside."""
+        paths = storage.find(self.directory)
+        for path in reversed(paths):
+            try:
+                manifest = storage.check(path)
+            except storage.DamagedError as error:
+                aside = storage.set_aside(path)
+                _log.warning(
+                    "the checkpoint %s is damaged: %s. It is set aside as %s, "
+                    "and the one before it is used.",
+                    path,
+                    error,
+                    aside,
+                )
+                continue
+            if manifest is not None and (manifest.is_finite or not only_finite):
+                return storage.find(self.directory).index(path)
+        damaged = storage.find_damaged(self.directory)
+        if damaged:
+            raise storage.DamagedError(
+                f"{self.directory} holds no usable checkpoint, but damaged "
+                f"ones: {', '.join(damaged)}. Nothing is started anew over "
+                "them: write to another folder, or pass --resume=never."
+            )
+        return _NOTHING
+
+    def _on_every_worker(self, place: int) -> str:
+        """The checkpoint's path, if all workers see the same one."""
+        paths = storage.find(self.directory)
+        step = storage.step_of(paths[place]) if place < len(paths) else _FAILED
+        steps = strategy_lib.gather_workers(self._strategy, [step])[:, 0]
+        blind = [index for index, s in enumerate(steps) if s != steps[0]]
+        if blind:
+            raise OSError(
+                f"Workers {blind} do not see the checkpoint of step "
+                f"{steps[0]} in {self.directory} that worker 0 sees: it must "
+                "be on storage that all workers share (--run_dir)."
+            )
+        return paths[place]
+
+    def _on_chief(self, action: Callable[[], int]) -> int:
+        """The chief's result on every worker; its failure is everybody's."""
+        result, failure = 0, None
+        if self._is_chief:
+            try:
+                result = action()
+            except Exception as error:  # told to the others, raised below
+                result, failure = _FAILED, error
+        results = strategy_lib.gather_workers(self._strategy, [result])
+        if failure is not None:
+            raise failure
+        if results[0, 0] == _FAILED:
+            raise RuntimeError(
+                f"Worker 0 failed with the checkpoints in {self.directory}; "
+                "its log says why."
+            )
+        return int(results[0, 0])
+
+    def _match(
+        self, path: str, tensors: Mapping[str, np.ndarray], strict: bool
+    ) -> tuple[dict[str, str], list[str]]:
+        """Keys here and there that belong together, and what has no match."""
+        here = dict(sorted({**self._variables, **self._stacks}.items()))
+        saved = {
+            key: array
+            for key, array in sorted(tensors.items())
+            if not key.startswith(f"{_ARRAYS}/")
         }
+        there = [
+            _describe(key, array.shape[_num_stacked(key) :], array.dtype)
+            for key, array in saved.items()
+        ]
+        wanted = [_describe(k, v.shape, v.dtype) for k, v in here.items()]
+        differences = _differences(there, wanted)
+        if not differences:
+            return dict(zip(here, saved, strict=True)), []
+        text = "\n".join(f"  {line}" for line in differences[:_MAX_SHOWN])
+        if len(differences) > _MAX_SHOWN:
+            text += f"\n  and {len(differences) - _MAX_SHOWN} more"
+        if strict:
+            raise ValueError(
+                f"The checkpoint {path} is of another model or optimizer:\n"
+                f"{text}\nStart with the settings that it was made with, or "
+                "in a new folder (--run_dir, --resume=never)."
+            )
+        _log.warning("not restored from %s:\n%s", path, text)
+        by_name = {_without_place(key): key for key in saved}
+        pairs = {
+            key: by_name[_without_place(key)]
+            for key, variable in here.items()
+            if _without_place(key) in by_name
+        }
+        return {
+            key: there
+            for key, there in pairs.items()
+            if saved[there].shape[_num_stacked(key) :] == tuple(here[key].shape)
+        }, differences
 
-    def _pairs(self) -> Iterable[tuple[keras.Variable, tf.Variable]]:
-        return zip(self._per_replica, self._stacks.values(), strict=True)
-
-    @property
-    def latest(self) -> str | None:
-        """Path of the newest checkpoint."""
-        return self._manager.latest_checkpoint
-
-
-def _copies(variable: keras.Variable) -> Sequence[tf.Variable]:
-    """A variable on each replica of this host."""
-    return getattr(variable.value, "values", (variable.value,))
-
-
-def _make_stack(variable: keras.Variable) -> tf.Variable:
-    """Room for the values of any number of replicas."""
-    shape = tuple(variable.shape)
-    return tf.Variable(
-        tf.zeros([1, *shape], variable.dtype),
-        shape=tf.TensorShape([None, *shape]),
-        trainable=False,
-    )
+    def _assign(
+        self, tensors: Mapping[str, np.ndarray], pairs: Mapping[str, str]
+    ) -> None:
+        first = _first_local_replica(self._strategy)
+        for key, there in pairs.items():
+            value = tensors[there]
+            if key in self._variables:
+                for copy in strategy_lib.local_copies(self._variables[key]):
+                    copy.assign(value)
+                continue
+            values = _for_replicas(
+                value,
+                self._strategy.num_replicas_in_sync,
+                is_summed=key.startswith(_SUMMED),
+            )
+            for index, copy in enumerate(
+                strategy_lib.local_copies(self._stacks[key]), first
+            ):
+                copy.assign(values[index])
 
 
-def _unstack(values: np.ndarray, copies: Sequence[tf.Variable]) -> None:
-    if len(values) != len(copies):
-        total = np.zeros((len(copies), *values.shape[1:]), values.dtype)
-        total[0] = values.sum(axis=0)
-        values = total
-    for value, copy in zip(values, copies, strict=True):
-        copy.assign(value)
+def versions() -> dict[str, str]:
+    """What a checkpoint's bits depend on."""
+    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def readable_size(num_bytes: float) -> str:
+    """Bytes as a person reads them: "1.2 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if num_bytes < 1000:
+            return f"{num_bytes:.3g} {unit}"
+        num_bytes /= 1000
+    return f"{num_bytes:.3g} TB"
+
+
+def whole_manifests(directory: str) -> dict[str, Manifest]:
+    """The manifest of each checkpoint that has one, by path, oldest first."""
+    found = {}
+    for path in storage.find(directory):
+        try:
+            manifest = storage.read_manifest(path)
+        except storage.DamagedError:
+            continue
+        if manifest is not None:
+            found[path] = manifest
+    return found
+
+
+def _keyed(groups: Mapping[str, Sequence[Variable]]) -> dict[str, Variable]:
+    return {
+        f"{group}/{index:05d}/{getattr(variable, 'path', variable.name)}": (
+            variable
+        )
+        for group, variables in groups.items()
+        for index, variable in enumerate(variables)
+    }
+
+
+def _without_place(key: str) -> str:
+    """Group and path, without the place among the group's variables."""
+    group, _, path = key.split("/", maxsplit=2)
+    return f"{group}/{path}"
+
+
+def _num_stacked(key: str) -> int:
+    """Axes that hold replicas."""
+    return int(key.startswith((f"{_SUMMED}/", f"{_PER_REPLICA}/")))
+
+
+def _describe(key: str, shape: Iterable[int], dtype: Any) -> str:
+    shown = f"{list(shape)} {tf.as_dtype(dtype).name}"
+    return f"{_without_place(key).replace('/', ': ', 1)} {shown}"
+
+
+def _differences(saved: Sequence[str], here: Sequence[str]) -> list[str]:
+    """Lines that only one side has, numbers that Keras adds to names aside."""
+    a, b = ([re.sub(r"_\d+", "", x) for x in side] for side in (saved, here))
+    matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
+    lines = []
+    for tag, begin, end, begin_here, end_here in matcher.get_opcodes():
+        if tag != "equal":
+            lines += [f"only there: {line}" for line in saved[begin:end]]
+            lines += [
+                f"only here: {line}" for line in here[begin_here:end_here]
+            ]
+    return lines
+
+
+def _first_local_replica(strategy: tf.distribute.Strategy) -> int:
+    num_workers = strategy_lib.num_workers(strategy)
+    num_local = strategy.num_replicas_in_sync // num_workers
+    return strategy_lib.task_index(strategy) * num_local
+
+
+def _for_replicas(
+    stack: np.ndarray, num_replicas: int, *, is_summed: bool
+) -> np.ndarray:
+    """What was saved by some replicas, for another number of them."""
+    if len(stack) == num_replicas:
+        return stack
+    if not is_summed:
+        return np.broadcast_to(stack[0], (num_replicas, *stack.shape[1:]))
+    values = np.zeros((num_replicas, *stack.shape[1:]), stack.dtype)
+    values[0] = stack.sum(axis=0)
+    return values
+
+
+def _warn_of_other_versions(path: str, saved: Mapping[str, str]) -> None:
+    changed = [
+        f"{name} {saved.get(name)} there, {version} here"
+        for name, version in versions().items()
+        if saved.get(name) != version
+    ]
+    if changed:
+        _log.warning(
+            "%s was saved with other versions (%s): the next steps may differ "
+            "in their last bits",
+            path,
+            ", ".join(changed),
+        )

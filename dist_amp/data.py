@@ -8,13 +8,20 @@ a replica that gets no example at all adds zero.
 """
 
 import importlib
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-# Examples of a TFDS split that are kept in memory and shuffled as a whole.
-_MAX_CACHED = 50_000
+from dist_amp.stream import DatasetLike
+
+# A TFDS split of up to so many bytes is kept in memory and shuffled as a whole.
+_MAX_BYTES_IN_MEMORY = 2**30
+# Else as many examples are shuffled at a time.
+_SHUFFLE_BUFFER = 50_000
+
+_AUTOTUNE = tf.data.AUTOTUNE
 
 REDUCTIONS = ("sum_over_batch_size", "mean_with_sample_weight", "sum")
 
@@ -101,7 +108,7 @@ def split(
             for x, y, weight in slices
         )
 
-    return dataset.map(to_slices, num_parallel_calls=tf.data.AUTOTUNE)
+    return dataset.map(to_slices, num_parallel_calls=_AUTOTUNE)
 
 
 def prepare_tfds(name: str, data_dir: str | None = None) -> Any:
@@ -137,26 +144,101 @@ def read_tfds(
     *,
     global_batch_size: int,
     shuffle_seed: int | None = None,
-) -> tf.data.Dataset:
+) -> DatasetLike:
     """Global batches of `(x, y)`; images become float32 in [0, 1].
+
+    The order depends on the seed, the pass and the examples' indices only.
 
     Args:
         builder: From `prepare_tfds`.
         split: TFDS split, say "train" or "test[:10%]".
         global_batch_size: Examples in a batch; the last one may be smaller.
-        shuffle_seed: Shuffles, in another order each epoch, the same for the
+        shuffle_seed: Shuffles, in another order each pass, the same for the
             same seed; None keeps the order.
 
     Returns:
-        Batches with a known length.
+        Batches with a known length; if shuffled, a function of the pass.
     """
-    dataset = builder.as_dataset(split=split, as_supervised=True)
-    if shuffle_seed is not None:
-        size = builder.info.splits[split].num_examples
-        dataset = dataset.cache() if size <= _MAX_CACHED else dataset
-        dataset = dataset.shuffle(min(size, _MAX_CACHED), seed=shuffle_seed)
-    dataset = dataset.batch(global_batch_size)
-    return dataset.map(_scale_image, num_parallel_calls=tf.data.AUTOTUNE)
+    examples = builder.as_dataset(split=split, as_supervised=True)
+    size = builder.info.splits[split].num_examples
+    if size * _bytes_of(examples.element_spec) <= _MAX_BYTES_IN_MEMORY:
+        arrays = next(iter(examples.batch(size)))
+        make = from_arrays(arrays, global_batch_size, shuffle_seed)
+    else:
+        make = _from_files(examples, global_batch_size, shuffle_seed)
+
+    def scaled(number: tf.Tensor) -> tf.data.Dataset:
+        return make(number).map(_scale_image, num_parallel_calls=_AUTOTUNE)
+
+    return scaled(tf.constant(0, tf.int64)) if shuffle_seed is None else scaled
+
+
+def from_arrays(
+    arrays: Any, global_batch_size: int, shuffle_seed: int | None = None
+) -> Callable[[tf.Tensor], tf.data.Dataset]:
+    """A function of the pass over examples in memory, each pass shuffled.
+
+    Batch `b` of pass `p` is computed from `(seed, p, b)` alone, by
+    `tf.random.experimental.index_shuffle`.
+
+    Args:
+        arrays: Structure of arrays or tensors `[num_examples, ...]`.
+        global_batch_size: Examples in a batch; the last one may be smaller.
+        shuffle_seed: None keeps the order.
+
+    Returns:
+        A function that `Trainer.fit` takes for a dataset.
+    """
+    arrays = tf.nest.map_structure(tf.convert_to_tensor, arrays)
+    size = len(tf.nest.flatten(arrays)[0])
+
+    def make(number: tf.Tensor) -> tf.data.Dataset:
+        def batch(index: tf.Tensor) -> Any:
+            end = tf.minimum((index + 1) * global_batch_size, size)
+            indices = tf.range(index * global_batch_size, end)
+            if shuffle_seed is not None:
+                seed = tf.stack([tf.constant(shuffle_seed, tf.int64), number])
+                indices = tf.random.experimental.index_shuffle(
+                    indices, seed, tf.constant(size - 1, tf.int64)
+                )
+            return tf.nest.map_structure(
+                lambda array: tf.gather(array, indices), arrays
+            )
+
+        num_batches = -(-size // global_batch_size)
+        dataset = tf.data.Dataset.range(num_batches)
+        return dataset.map(batch, num_parallel_calls=_AUTOTUNE)
+
+    return make
+
+
+def _from_files(
+    examples: tf.data.Dataset, global_batch_size: int, seed: int | None
+) -> Callable[[tf.Tensor], tf.data.Dataset]:
+    """The same for examples that do not fit in memory."""
+
+    def make(number: tf.Tensor) -> tf.data.Dataset:
+        dataset = examples
+        if seed is not None:
+            of_pass = tf.random.experimental.index_shuffle(
+                tf.cast(number, tf.int64),
+                tf.constant([seed, 0], tf.int64),
+                tf.constant(2**31 - 1, tf.int64),
+            )
+            dataset = dataset.shuffle(_SHUFFLE_BUFFER, seed=of_pass)
+        return dataset.batch(global_batch_size)
+
+    return make
+
+
+def _bytes_of(spec: Any) -> float:
+    """Size of one example; infinite where its shape varies."""
+    return sum(
+        math.prod(leaf.shape) * leaf.dtype.size
+        if leaf.shape.is_fully_defined() and leaf.dtype.size
+        else math.inf
+        for leaf in tf.nest.flatten(spec)
+    )
 
 
 def test_split_of(builder: Any) -> str | None:
@@ -198,110 +280,10 @@ def is_batched(dataset: tf.data.Dataset) -> bool:
     )
 
 
-def length_of(dataset: tf.data.Dataset) -> int | None:
-    """Batches in the dataset; None where TensorFlow cannot tell."""
-    cardinality = int(dataset.cardinality())
-    return cardinality if cardinality >= 0 else None
-
-
-def is_infinite(dataset: tf.data.Dataset) -> bool:
-    """Whether the dataset repeats for ever."""
-    return int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
-
-
 def input_spec(dataset: tf.data.Dataset) -> Any:
     """Structure of `tf.TensorSpec` of the model's inputs."""
     spec = dataset.element_spec
     return _unpack(spec if isinstance(spec, tuple) else (spec,))[0]
-
-
-class Stream:
-    """Training batches without end, and where the epochs end in them.
-
-    Args:
-        dataset: One epoch, from `split`.
-        batches_per_step: Batches that one update takes.
-        steps_per_epoch: Updates in an epoch; by default one pass over the
-            dataset, whose last update may take fewer batches.
-
-    Attributes:
-        steps_per_epoch: None until the end of the first epoch if TensorFlow
-            cannot tell the length of the dataset.
-
-    Raises:
-        ValueError: `steps_per_epoch` is needed and missing.
-    """
-
-    def __init__(
-        self,
-        dataset: tf.data.Dataset,
-        *,
-        batches_per_step: int = 1,
-        steps_per_epoch: int | None = None,
-    ):
-        length = length_of(dataset)
-        if steps_per_epoch is None and is_infinite(dataset):
-            raise ValueError(
-                "`steps_per_epoch` is needed: the dataset repeats for ever "
-                "(--steps_per_epoch)."
-            )
-        if steps_per_epoch is None and length is None and batches_per_step > 1:
-            raise ValueError(
-                "`steps_per_epoch` is needed to accumulate gradients over a "
-                "dataset whose length TensorFlow cannot tell; or use "
-                "`dataset.apply(tf.data.experimental.assert_cardinality(n))`."
-            )
-        if length == 0:
-            raise ValueError("The dataset is empty: it yields no batch.")
-        self._dataset = dataset
-        self._batches_per_step = batches_per_step
-        self.steps_per_epoch = steps_per_epoch
-        self._batches_per_epoch = length
-        if steps_per_epoch is not None:
-            self._batches_per_epoch = steps_per_epoch * batches_per_step
-        elif length is not None:
-            self.steps_per_epoch = -(-length // batches_per_step)
-        self.iterator: Any = None
-
-    def open(self, skip_epochs: int = 0, skip_steps: int = 0) -> None:
-        """Starts at the beginning, or where an earlier run stopped."""
-        skip = skip_steps * self._batches_per_step
-        stream = self._dataset
-        if self._batches_per_epoch is not None:
-            skip += skip_epochs * self._batches_per_epoch
-            stream = stream.repeat()
-        if skip:
-            stream = stream.skip(skip)
-        self.iterator = iter(stream.prefetch(tf.data.AUTOTUNE))
-
-    def next_call(self, step_in_epoch: int, wanted: int) -> tuple[int, int]:
-        """How many updates to run in one call, and of how many batches each.
-
-        Args:
-            step_in_epoch: Updates done in this epoch.
-            wanted: Updates to run if the epoch is long enough.
-
-        Returns:
-            `(num_steps, batches_per_step)`; `(0, 0)` at the end of an epoch.
-        """
-        if self.steps_per_epoch is None:
-            return 1, self._batches_per_step
-        left = self.steps_per_epoch - step_in_epoch
-        if left <= 0:
-            return 0, 0
-        batches_done = step_in_epoch * self._batches_per_step
-        batches_left = (self._batches_per_epoch or 0) - batches_done
-        whole_steps = batches_left // self._batches_per_step
-        if whole_steps == 0:
-            return 1, batches_left
-        return min(wanted, whole_steps), self._batches_per_step
-
-    def learn_length(self, num_steps: int) -> None:
-        """Sets the length of an epoch, which TensorFlow could not tell."""
-        if num_steps == 0:
-            raise ValueError("The dataset is empty: it yields no batch.")
-        if self.steps_per_epoch is None:
-            self.steps_per_epoch = self._batches_per_epoch = num_steps
 
 
 def _unpack(element: Sequence[Any]) -> tuple[Any, Any, Any]:

@@ -5,12 +5,14 @@ replica and added up when they are read; so results are exact over every
 example, and a replica with no example adds nothing.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import keras
 import tensorflow as tf
 
+from dist_amp import strategy as strategy_lib
 from dist_amp.data import Batch
 
 MetricLike: TypeAlias = str | keras.metrics.Metric
@@ -95,6 +97,22 @@ class MetricSet:
         for metric in self._all:
             metric.reset_state()
 
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Starts afresh; on exit all is as it was before, on each replica."""
+        copies = [
+            copy
+            for variable in self.variables
+            for copy in strategy_lib.local_copies(variable)
+        ]
+        before = [tf.convert_to_tensor(copy) for copy in copies]
+        self.reset()
+        try:
+            yield
+        finally:
+            for copy, value in zip(copies, before, strict=True):
+                copy.assign(value)
+
     def update(self, batch: Batch, loss: tf.Tensor, predictions: Any) -> None:
         """Adds one replica's slice; call it in the replica.
 
@@ -157,6 +175,15 @@ class MetricSet:
                 for metric in (self._nonfinite_losses, self._nonfinite_inputs)
             },
         }
+
+
+def to_numbers(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """Python numbers (lists, for metrics of several numbers); loss first."""
+    names = sorted(logs, key=lambda name: name != "loss")
+    return {
+        name: tf.convert_to_tensor(logs[name]).numpy().tolist()
+        for name in names
+    }
 
 
 def _pairs(metrics: MetricsLike) -> Iterable[tuple[Any, MetricLike]]:

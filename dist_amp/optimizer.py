@@ -439,6 +439,15 @@ class LossScaleOptimizer(
         """`loss * loss_scale`, to be differentiated."""
         return loss * tf.cast(self.loss_scale, loss.dtype)
 
+    def lower_loss_scale(self, factor: float) -> None:
+        """Multiplies the loss scale, down to its floor; call it on the host.
+
+        Args:
+            factor: In (0, 1).
+        """
+        scale = tf.convert_to_tensor(self.dynamic_scale) * factor
+        self.dynamic_scale.assign(tf.maximum(scale, self.rule.min_scale))
+
     def _attempt(
         self,
         gradients: Sequence[reduction.Gradient],
@@ -572,6 +581,16 @@ def is_synchronized(model: keras.Model) -> bool:
         getattr(layer, "synchronized", False)
         for layer in model._flatten_layers()
     )
+
+
+def generator_states(model: keras.Model) -> list[tf.Variable]:
+    """State of each `tf.random.Generator` that a layer has, at any depth."""
+    return [
+        value.state
+        for layer in model._flatten_layers()
+        for value in vars(layer).values()
+        if isinstance(value, tf.random.Generator)
+    ]
 
 
 def moving_statistics(model: keras.Model) -> list[keras.Variable]:

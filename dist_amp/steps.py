@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_amp import reduction
+from dist_amp import random_state, reduction
 from dist_amp.data import Batch
 from dist_amp.metrics import MetricSet, MetricsLike
 from dist_amp.optimizer import (
@@ -46,6 +46,7 @@ class Steps:
         self.loss = _resolve_loss(loss)
         self.strategy = strategy
         self.jit_compile = jit_compile
+        self.replica_ids = _local_replica_ids(strategy)
         with strategy.scope():
             self.metrics = MetricSet(metrics)
         # Only for XLA: a nested function would forbid layers that talk to
@@ -162,6 +163,10 @@ class Steps:
 
         return test_loop
 
+    def spread_seeds(self) -> None:
+        """See `random_state.spread_seeds`."""
+        random_state.spread_seeds(self.model, self.replica_ids[0])
+
     def _train_replica(self, batch: Batch) -> None:
         """The train step, and what must hold around any override of it."""
         statistics = self._statistics_to_settle()
@@ -236,32 +241,11 @@ def _settle(
         variable.assign(tf.where(keeps_new, new, old))
 
 
-def spread_seeds(
-    model: keras.Model,
-    strategy: tf.distribute.Strategy,
-    first_replica: int = 0,
-) -> None:
-    """Gives each replica random layers of its own, derived from replica 0's.
-
-    Keras starts the seed of a random layer with the same value on each
-    replica. Replica `r` gets `seed + r * 0x9E3779B9` modulo 2**32 (a Weyl
-    sequence: no two replicas meet); the counter beside it is left alone.
-    Checkpoints hold replica 0's, so calling this after a restore gives every
-    replica what it had.
-
-    Args:
-        model: Its seeds hold replica 0's value on every replica.
-        strategy: The strategy of the model.
-        first_replica: Index of this host's first replica.
-    """
-    for variable in model.variables:
-        if variable.name != "seed_generator_state":
-            continue
-        copies = strategy.experimental_local_results(variable.value)
-        seed, counter = (int(number) for number in copies[0].numpy())
-        for replica, copy in enumerate(copies, first_replica):
-            folded = (seed + replica * 0x9E3779B9) % 2**32
-            copy.assign(tf.constant([folded, counter], copy.dtype))
+def _local_replica_ids(strategy: tf.distribute.Strategy) -> list[int]:
+    ids = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.constant(context.replica_id_in_sync_group)
+    )
+    return [int(i) for i in strategy.experimental_local_results(ids)]
 
 
 def _resolve_loss(loss: Any) -> Any:

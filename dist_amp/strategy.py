@@ -1,7 +1,9 @@
 """The one place that builds a `tf.distribute.Strategy`."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from dist_amp import cluster as cluster_lib
@@ -141,6 +143,69 @@ def use_logical_cpus(number: int) -> None:
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration()] * number
     )
+
+
+def num_workers(strategy: tf.distribute.Strategy) -> int:
+    """Processes that run the program together; 1 on a TPU."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return 1
+    return len(strategy.cluster_resolver.cluster_spec().as_dict()["worker"])
+
+
+def task_index(strategy: tf.distribute.Strategy) -> int:
+    """Index of this process among the workers; 0 is the chief."""
+    if num_workers(strategy) == 1:
+        return 0
+    return strategy.cluster_resolver.task_id
+
+
+def local_copies(variable: Any) -> Sequence[tf.Variable]:
+    """A Keras or TensorFlow variable on each replica of this process."""
+    inner = variable if isinstance(variable, tf.Variable) else variable.value
+    return getattr(inner, "values", (inner,))
+
+
+def gather_replicas(
+    strategy: tf.distribute.Strategy, copies: Sequence[tf.Tensor]
+) -> np.ndarray:
+    """Each replica's value on every worker; all workers must call it.
+
+    Args:
+        strategy: Whose replicas they are.
+        copies: A value for each replica of this worker, equal in shape.
+
+    Returns:
+        Array `[num_replicas, ...]` in the order of the replicas.
+    """
+    if num_workers(strategy) == 1:
+        return np.stack([copy.numpy() for copy in copies])
+    dtype = copies[0].dtype  # collectives know no unsigned integers
+    wire = tf.int64 if dtype.is_integer or dtype.is_bool else dtype
+    local = iter(copies)
+    values = strategy.experimental_distribute_values_from_function(
+        lambda context: tf.cast(next(local), wire)[tf.newaxis]
+    )
+    return tf.cast(strategy.gather(values, axis=0), dtype).numpy()
+
+
+def gather_workers(
+    strategy: tf.distribute.Strategy, numbers: Sequence[int]
+) -> np.ndarray:
+    """Each worker's integers on every worker; all workers must call it.
+
+    Args:
+        strategy: Whose workers they are.
+        numbers: This worker's, as many as the others'.
+
+    Returns:
+        int64 `[num_workers, len(numbers)]`; on one worker without any
+        communication.
+    """
+    mine = tf.constant(list(numbers), tf.int64)
+    if num_workers(strategy) == 1:
+        return mine.numpy()[np.newaxis]
+    num_local = strategy.num_replicas_in_sync // num_workers(strategy)
+    return gather_replicas(strategy, [mine] * num_local)[::num_local]
 
 
 def _check_arguments(

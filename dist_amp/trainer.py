@@ -1,33 +1,40 @@
 """Trainer: the outer loop over epochs, evaluations, callbacks, checkpoints."""
 
 import contextlib
-import itertools
+import dataclasses
+import functools
 import logging
 import math
 import pathlib
 import re
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from dist_amp import data
+from dist_amp import data, random_state
 from dist_amp import optimizer as optimizer_lib
+from dist_amp import strategy as strategy_lib
+from dist_amp.agreement import StopRequest
 from dist_amp.callbacks import Progress
-from dist_amp.checkpoint import Checkpointer
-from dist_amp.metrics import MetricsLike
-from dist_amp.steps import Steps, spread_seeds
+from dist_amp.checkpoint import Checkpointer, SavePolicy
+from dist_amp.fit import Fit, blame
+from dist_amp.metrics import MetricsLike, to_numbers
+from dist_amp.pace import Pace
+from dist_amp.rollback import RollbackPolicy
+from dist_amp.steps import Steps
+from dist_amp.stream import (
+    DatasetLike,
+    Stream,
+    is_infinite,
+    length_of,
+    one_pass,
+)
 
 _log = logging.getLogger(__name__)
 
-# A compiled call this long makes the host's part of it negligible, and still
-# lets a signal or the progress line through in time.
-_SECONDS_PER_CALL = 0.2
-_MAX_STEPS_PER_CALL = 10_000
 _UNKNOWN_DIMENSION = 32
-_COUNTS = ("examples", "nonfinite_losses", "nonfinite_inputs")
 
 
 class Trainer(Steps):
@@ -102,21 +109,21 @@ class Trainer(Steps):
         )
         model.optimizer = optimizer
         model.stop_training = False
-        self._replica_ids = _local_replica_ids(strategy)
         self._train_loop = self.make_train_loop()
         self._test_loop = self.make_test_loop()
-        self._is_built = self._is_in_epoch = False
-        self._checkpointer: Checkpointer | None = None
-        self._stream: data.Stream
-        self._epoch = self._step_in_epoch = self._step = 0
-        self._stop_request: str | None = None
+        self._test_pace = Pace("auto")
+        self._is_built = False
+        self._stop = StopRequest(strategy)
         self._stop_reason: str | None = None
+        self._checkpointer: Checkpointer | None = None
+        self._fit: Fit | None = None
+        self.run_info: dict[str, Any] = {}
 
     # ------------------------------------------------------------- public
 
     def fit(
         self,
-        dataset: tf.data.Dataset,
+        dataset: DatasetLike,
         *,
         epochs: int = 1,
         steps_per_epoch: int | None = None,
@@ -125,6 +132,8 @@ class Trainer(Steps):
         validation_steps: int | None = None,
         callbacks: Sequence[keras.callbacks.Callback] = (),
         checkpoint_dir: str | pathlib.Path | None = None,
+        save_policy: SavePolicy | None = None,
+        rollback: RollbackPolicy | None = None,
         initial_epoch: int = 0,
         class_weight: Mapping[int, float] | None = None,
         verbose: str | int = "auto",
@@ -139,7 +148,10 @@ class Trainer(Steps):
         Args:
             dataset: Global batches of `x`, `(x, y)` or `(x, y,
                 sample_weight)`, each leaf `[global_batch, ...]`; a smaller
-                last batch is weighted rightly.
+                last batch is weighted rightly. Or a function of the pass over
+                the data (0, 1, ...; a scalar int64 tensor) that returns them:
+                to go on in pass 90 from a checkpoint, a dataset is read from
+                its start, a function from the start of pass 90.
             epochs: Epoch to stop at, counted from 0.
             steps_per_epoch: Updates in an epoch; by default one pass over the
                 dataset. Needed if the dataset repeats for ever.
@@ -149,9 +161,13 @@ class Trainer(Steps):
             validation_data: Global batches, evaluated after each epoch.
             validation_steps: Batches of it to use; all by default.
             callbacks: Keras callbacks.
-            checkpoint_dir: Where to save after each epoch and on
-                `request_stop`. If it holds a checkpoint, training goes on
-                from there.
+            checkpoint_dir: Where to save: everything, so that a run that is
+                interrupted anywhere and started again ends with the same
+                bits. If it holds a checkpoint, training goes on from there.
+            save_policy: When to save and what to keep; after each epoch and
+                the newest three by default.
+            rollback: Goes back to the last good checkpoint where training
+                blows up, past the batches that did it; an error by default.
             initial_epoch: Epoch to start from if nothing is restored.
             class_weight: Weight of each class in the loss.
             verbose: 0 silent, 1 or "auto" a progress line, 2 a line an epoch.
@@ -174,46 +190,49 @@ class Trainer(Steps):
             steps_per_loop=None if steps_per_loop == "auto" else steps_per_loop,
         )
         self.build(dataset)
-        stream = data.Stream(
-            self._split(dataset, class_weight),
+        policy = self._directed(save_policy or SavePolicy())
+        self._check_recovery(checkpoint_dir, save_policy, rollback)
+        stream = Stream(
+            dataset,
+            lambda batches: self._split(batches, class_weight),
             batches_per_step=self.optimizer.gradient_accumulation_steps or 1,
             steps_per_epoch=steps_per_epoch,
         )
-        self._stream = stream
-        self._start(stream, checkpoint_dir, initial_epoch)
         callback_list = keras.callbacks.CallbackList(
-            [*callbacks, *_progress(verbose)],
+            [*callbacks, *self._progress(verbose)],
             add_history=True,
             model=self.model,
             epochs=epochs,
             steps=stream.steps_per_epoch,
             verbose=0,
         )
-        pace = _Pace(steps_per_loop)
-        validation = self._prepare_test(validation_data, validation_steps)
         self._orient(callbacks)
-        callback_list.on_train_begin()
-        logs: dict[str, float] = {}
-        while self._epoch < epochs and not self._should_stop():
-            callback_list.on_epoch_begin(self._epoch)
-            self._is_in_epoch = True
+        validation = self._prepare_test(validation_data, validation_steps)
+        self.model.stop_training = False
+        with contextlib.ExitStack() as stack:
+            checkpointer = None
+            if checkpoint_dir is not None:
+                checkpointer = self._make_checkpointer(checkpoint_dir, policy)
+                stack.enter_context(checkpointer)
+            self._fit = Fit(
+                self,
+                stream,
+                callback_list,
+                epochs=epochs,
+                pace=Pace(steps_per_loop),
+                stop=self._stop,
+                train_call=self._call_train_loop,
+                validate=validation
+                and functools.partial(self._test, *validation, may_stop=True),
+                checkpointer=checkpointer,
+                save_policy=policy,
+                rollback=rollback,
+                info=self.run_info,
+            )
             try:
-                logs = self._train_epoch(stream, callback_list, pace)
+                self._fit.run(initial_epoch)
             finally:
-                self._is_in_epoch = False
-            if self._stop_request:
-                break
-            if validation is not None:
-                callback_list.on_test_begin()
-                results = self._test(*validation)
-                callback_list.on_test_end(results)
-                logs |= {f"val_{name}": v for name, v in results.items()}
-            callback_list.on_epoch_end(self._epoch, logs)
-            self._epoch, self._step_in_epoch = self._epoch + 1, 0
-            self.metrics.reset()
-            self._save()
-        self._end(is_finished=self._epoch >= epochs)
-        callback_list.on_train_end(logs)
+                self._end(self._fit)
         return self.model.history
 
     def evaluate(
@@ -227,26 +246,22 @@ class Trainer(Steps):
 
         Raises:
             ValueError: The dataset repeats for ever and `steps` is None.
-            RuntimeError: An epoch of `fit` is under way, whose metrics this
-                would reset.
         """
-        if self._is_in_epoch:
-            raise RuntimeError(
-                "`evaluate` resets the metrics of the epoch under way: call it "
-                "from `on_epoch_end`, or pass `validation_data` to `fit`."
-            )
         self.build(dataset)
-        return self._test(*self._prepare_test(dataset, steps))
+        results = self._test(*self._prepare_test(dataset, steps))
+        assert results is not None  # it may not be stopped
+        return results
 
     def request_stop(self, reason: str = "asked to stop") -> None:
         """Ends `fit` after the compiled call under way, with a checkpoint.
 
+        On several workers one of them may be asked; all end at the same step.
         Safe to call from a signal handler or another thread.
 
         Args:
-            reason: For the log.
+            reason: For the log; up to 48 bytes reach the other workers.
         """
-        self._stop_request = reason
+        self._stop.ask(reason)
 
     @property
     def stop_reason(self) -> str | None:
@@ -256,9 +271,30 @@ class Trainer(Steps):
     @property
     def global_step(self) -> int:
         """Updates attempted since the start, skipped ones included."""
-        return self._step
+        return self._fit.position.step if self._fit else 0
 
-    def build(self, dataset: tf.data.Dataset) -> None:
+    @property
+    def resumed_step(self) -> int:
+        """The step that the last `fit` went on from; 0 if it was new."""
+        return self._fit.resumed_step if self._fit else 0
+
+    @property
+    def save_error(self) -> Exception | None:
+        """Why the last checkpoint could not be written; None if it was."""
+        return self._checkpointer.error if self._checkpointer else None
+
+    def state(self) -> dict[str, Sequence[keras.Variable | tf.Variable]]:
+        """Variables that a checkpoint holds, by group, equal on all replicas.
+
+        Override it to add what your `train_step` uses beside the model and
+        the optimizer: `{**super().state(), "critic": self.critic.variables}`.
+        """
+        return {
+            "model": self.model.variables,
+            "optimizer": self.optimizer.variables,
+        }
+
+    def build(self, dataset: DatasetLike) -> None:
         """Creates every variable; `fit` and `evaluate` do it by themselves.
 
         Args:
@@ -266,8 +302,9 @@ class Trainer(Steps):
         """
         if self._is_built:
             return
-        _check_dataset(dataset)
-        spec = dataset.element_spec
+        first_pass = one_pass(dataset)
+        _check_dataset(first_pass)
+        spec = first_pass.element_spec
         parts = spec if isinstance(spec, tuple) else (spec,)
         x, y = (*tf.nest.map_structure(_zeros, parts), None)[:2]
         with self.strategy.scope():
@@ -275,10 +312,10 @@ class Trainer(Steps):
             self.optimizer.build(self.model.trainable_variables)
             self.metrics.build(y, predictions)
         self._check_combinations()
-        spread_seeds(self.model, self.strategy, self._replica_ids[0])
+        self.spread_seeds()
         self._is_built = True
 
-    def trace(self, dataset: tf.data.Dataset) -> int:
+    def trace(self, dataset: DatasetLike) -> int:
         """Traces the train step without running it.
 
         Args:
@@ -288,7 +325,7 @@ class Trainer(Steps):
             Number of operations in the compiled loop, functions included.
         """
         self.build(dataset)
-        iterator = iter(self._split(dataset))
+        iterator = iter(self._split(one_pass(dataset)))
         function = self._train_loop.get_concrete_function(
             iterator, tf.constant(1), tf.constant(1)
         )
@@ -325,58 +362,49 @@ class Trainer(Steps):
         return data.split(
             dataset,
             num_replicas=self.strategy.num_replicas_in_sync,
-            first_replica=self._replica_ids[0],
-            num_local_replicas=len(self._replica_ids),
+            first_replica=self.replica_ids[0],
+            num_local_replicas=len(self.replica_ids),
             reduction=_reduction_of(self.loss),
             class_weight=class_weight,
         )
 
-    def _start(
-        self,
-        stream: data.Stream,
-        checkpoint_dir: str | pathlib.Path | None,
-        initial_epoch: int,
-    ) -> None:
-        """Opens the stream at the beginning, or where a checkpoint says."""
-        self.model.stop_training = False
-        self._epoch, self._step_in_epoch, self._step = initial_epoch, 0, 0
-        self.metrics.reset()
-        self._checkpointer = None
-        if checkpoint_dir is None:
-            stream.open()
-            return
-        self._checkpointer = self._make_checkpointer(checkpoint_dir)
-        saved = self._checkpointer.restore()
-        if saved is None:
-            stream.open()
-            return
-        self._epoch = saved["epoch"]
-        self._step_in_epoch = saved["step_in_epoch"]
-        self._step = saved["step"]
-        spread_seeds(self.model, self.strategy, self._replica_ids[0])
-        if saved["steps_per_epoch"]:
-            stream.learn_length(saved["steps_per_epoch"])
-        stream.open(self._epoch, self._step_in_epoch)
-        _log.info(
-            "resumed from %s: step %d, epoch %d",
-            self._checkpointer.latest,
-            self._step,
-            self._epoch + 1,
-        )
-
-    def _end(self, *, is_finished: bool) -> None:
-        """Saves a run that was cut short; averages the weights of another."""
-        is_cut = bool(self._stop_request) and not is_finished
-        self._stop_reason = self._stop_request if is_cut else None
-        self._stop_request = None
-        if not is_cut:
-            self.optimizer.finalize_variable_values(
-                self.model.trainable_variables
+    def _end(self, fit: Fit) -> None:
+        is_cut = bool(self._stop.reason) and not fit.is_finished
+        self._stop_reason = self._stop.reason if is_cut else None
+        self._stop.clear()
+        if is_cut:
+            _log.info(
+                "stopped at step %d: %s", self.global_step, self._stop_reason
             )
+
+    def _check_recovery(
+        self,
+        checkpoint_dir: str | pathlib.Path | None,
+        save_policy: SavePolicy | None,
+        rollback: RollbackPolicy | None,
+    ) -> None:
+        """Refuses what would be ignored, or fail when it is needed."""
+        if checkpoint_dir is None and (save_policy or rollback):
+            name = "save_policy" if save_policy else "rollback"
+            raise ValueError(f"`{name}` needs a `checkpoint_dir`.")
+        if rollback is None:
             return
-        if self._step_in_epoch:  # at the start of an epoch it is saved already
-            self._save()
-        _log.info("stopped at step %d: %s", self._step, self._stop_reason)
+        has_scale = isinstance(self.optimizer, optimizer_lib.LossScaleOptimizer)
+        if rollback.lower == "loss_scale" and not has_scale:
+            raise ValueError(
+                "There is no loss scale to lower in this precision: pass "
+                "`lower='learning_rate'` or 'nothing' (--rollback_lower)."
+            )
+        if rollback.lower == "learning_rate":
+            try:
+                self.optimizer.learning_rate = tf.convert_to_tensor(
+                    self.optimizer.learning_rate
+                )
+            except TypeError as error:
+                raise ValueError(
+                    "The learning rate is a schedule, which cannot be "
+                    "lowered: pass `lower='nothing'` (--rollback_lower)."
+                ) from error
 
     def _orient(self, callbacks: Sequence[keras.callbacks.Callback]) -> None:
         """Tells callbacks that monitor a metric whether more is better.
@@ -388,65 +416,36 @@ class Trainer(Steps):
                 name = callback.monitor.removeprefix("val_")
                 callback.mode = self.metrics.direction_of(name) or "auto"
 
-    def _make_checkpointer(self, directory: str | pathlib.Path) -> Checkpointer:
-        groups = {
-            "model": self.model.variables,
-            "optimizer": self.optimizer.variables,
-        }
-        return Checkpointer(
-            directory,
-            groups,
-            per_replica=self.metrics.variables,
-            counters=("epoch", "step_in_epoch", "step", "steps_per_epoch"),
+    def _directed(self, policy: SavePolicy) -> SavePolicy:
+        """Knows which way the metric of `keep_best` is better."""
+        if policy.keep_best is None or policy.mode != "auto":
+            return policy
+        name = policy.keep_best.removeprefix("val_")
+        mode = self.metrics.direction_of(name) or "auto"
+        return dataclasses.replace(policy, mode=mode)
+
+    def _make_checkpointer(
+        self, directory: str | pathlib.Path, policy: SavePolicy
+    ) -> Checkpointer:
+        self._checkpointer = Checkpointer(
+            str(directory),
+            self.state(),
+            summed=self.metrics.variables,
+            per_replica=random_state.variables_of(self.model),
+            policy=policy,
+            strategy=self.strategy,
         )
+        return self._checkpointer
 
-    def _save(self) -> None:
-        if self._checkpointer is not None:
-            counters = {
-                "epoch": self._epoch,
-                "step_in_epoch": self._step_in_epoch,
-                "step": self._step,
-                "steps_per_epoch": self._stream.steps_per_epoch or 0,
-            }
-            self._checkpointer.save(self._step, counters)
-
-    def _train_epoch(
-        self,
-        stream: data.Stream,
-        callbacks: keras.callbacks.CallbackList,
-        pace: "_Pace",
-    ) -> dict[str, float]:
-        """Trains to the end of the epoch, or until asked to stop."""
-        logs: dict[str, float] = {}
-        rates = _Rates(self._step_in_epoch, self.metrics.num_examples)
-        while not self._should_stop():
-            num_steps, micro_steps = stream.next_call(
-                self._step_in_epoch, pace.steps
-            )
-            if num_steps == 0:
-                break
-            callbacks.on_train_batch_begin(self._step_in_epoch)
-            is_first_call = not pace.is_traced
-            with pace.observe(num_steps):
-                read = self._call_train_loop(stream, num_steps, micro_steps)
-            if read is None:
-                stream.learn_length(self._step_in_epoch)
-                stream.open()
-                break
-            self._step += num_steps
-            self._step_in_epoch += num_steps
-            logs = rates.add_to(read, self._step_in_epoch)
-            if is_first_call:  # it traced the step: no measure of speed
-                rates = _Rates(self._step_in_epoch, read["examples"])
-            callbacks.on_train_batch_end(self._step_in_epoch - 1, logs)
-        if logs or self._stop_request:
-            return logs
-        # Resumed where an epoch ended: what is left to do is the evaluation.
-        read = _to_numbers(self.read_train_logs())
-        return rates.add_to(read, self._step_in_epoch)
+    def _progress(self, verbose: str | int) -> list[keras.callbacks.Callback]:
+        """One worker's is enough to see."""
+        if verbose == 0 or strategy_lib.task_index(self.strategy) != 0:
+            return []
+        seconds = math.inf if verbose == 2 else 30.0
+        return [Progress(seconds_between_lines=seconds)]
 
     def _call_train_loop(
-        self, stream: data.Stream, num_steps: int, micro_steps: int
+        self, stream: Stream, num_steps: int, micro_steps: int
     ) -> dict[str, float] | None:
         """Runs some updates; None if there is no more data."""
         try:
@@ -456,30 +455,12 @@ class Trainer(Steps):
                 tf.constant(micro_steps),
             )
         except tf.errors.OutOfRangeError:
-            if stream.steps_per_epoch is None:
+            if stream.batches_per_epoch is None:
                 return None
             raise
         except tf.errors.InvalidArgumentError as error:
             raise self._explained(error) from error
-        logs = _to_numbers(logs)
-        self._check_finite(logs, num_steps)
-        return logs
-
-    def _check_finite(self, logs: dict[str, float], num_steps: int) -> None:
-        """An optimizer that skips overflows may go on; any other may not."""
-        bad_losses = int(logs["nonfinite_losses"])
-        bad_inputs = int(logs["nonfinite_inputs"])
-        if not bad_losses or self._skips_overflows:
-            return
-        raise FloatingPointError(
-            f"The loss is NaN or infinite within steps {self._step + 1} to "
-            f"{self._step + num_steps} (epoch {self._epoch + 1}). "
-            + _blame(bad_inputs)
-        )
-
-    @property
-    def _skips_overflows(self) -> bool:
-        return isinstance(self.optimizer, optimizer_lib.LossScaleOptimizer)
+        return to_numbers(logs)
 
     def _explained(self, error: tf.errors.InvalidArgumentError) -> Exception:
         """Adds the state of the input to the optimizer's last word."""
@@ -493,8 +474,8 @@ class Trainer(Steps):
         names = ", ".join(paths[int(number)] for number in found[2].split())
         inputs = int(self.metrics.counts()["nonfinite_inputs"])
         return FloatingPointError(
-            f"{found[1]} Gradients that are not finite: {names} (near step "
-            f"{self._step + 1}, epoch {self._epoch + 1}). {_blame(inputs)}"
+            f"{found[1]} Gradients that are not finite: {names} (after step "
+            f"{self.global_step}). {blame(inputs)}"
         )
 
     def _prepare_test(
@@ -503,81 +484,47 @@ class Trainer(Steps):
         """What `_test` takes; None for no dataset."""
         if dataset is None:
             return None
-        if steps is None and data.is_infinite(dataset):
+        if steps is None and is_infinite(dataset):
             raise ValueError(
                 "`steps` is needed: the dataset repeats for ever "
                 "(`validation_steps` in `fit`, --eval_steps)."
             )
-        length = data.length_of(dataset) if steps is None else steps
+        length = length_of(dataset) if steps is None else steps
         return self._split(dataset).prefetch(tf.data.AUTOTUNE), length
 
     def _test(
-        self, batches: tf.data.Dataset, length: int | None
-    ) -> dict[str, float]:
-        """Evaluates some batches, or all where their number is unknown."""
-        self.metrics.reset()
-        iterator = iter(batches)
-        try:
-            for _ in itertools.count() if length is None else range(1):
-                self._test_loop(iterator, tf.constant(length or 1))
-        except tf.errors.OutOfRangeError:
-            if length is not None:
-                raise ValueError(
-                    f"The dataset has fewer than {length} batches to "
-                    "evaluate (`validation_steps` in `fit`, --eval_steps)."
-                ) from None
-        results = _to_numbers(self.metrics.results())
-        if _to_numbers(self.metrics.counts())["nonfinite_losses"]:
-            results["loss"] = math.nan
-        self.metrics.reset()
+        self,
+        batches: tf.data.Dataset,
+        length: int | None,
+        *,
+        may_stop: bool = False,
+    ) -> dict[str, float] | None:
+        """Evaluates some batches, or all where their number is unknown.
+
+        Returns None if it may be stopped and was asked to.
+        """
+        with self.metrics.set_aside():
+            iterator, done = iter(batches), 0
+            while length is None or done < length:
+                wanted, _ = self._stop.agree(self._test_pace.steps)
+                if may_stop and self._stop.reason:
+                    return None
+                num = 1 if length is None else min(wanted, length - done)
+                try:
+                    with self._test_pace.observe(num):
+                        self._test_loop(iterator, tf.constant(num))
+                except tf.errors.OutOfRangeError:
+                    if length is None:
+                        break
+                    raise ValueError(
+                        f"The dataset has fewer than {length} batches to "
+                        "evaluate (`validation_steps` in `fit`, --eval_steps)."
+                    ) from None
+                done += num
+            results = to_numbers(self.metrics.results())
+            if to_numbers(self.metrics.counts())["nonfinite_losses"]:
+                results["loss"] = math.nan
         return results
-
-    def _should_stop(self) -> bool:
-        return bool(self._stop_request or self.model.stop_training)
-
-
-class _Pace:
-    """How many updates to put in one compiled call, and whether it is traced.
-
-    "auto" starts with one, to hear of errors early, and lengthens the calls
-    until one takes about `_SECONDS_PER_CALL`.
-    """
-
-    def __init__(self, steps_per_loop: int | str):
-        self._is_auto = steps_per_loop == "auto"
-        self.is_traced = False
-        self.steps = 1 if steps_per_loop == "auto" else int(steps_per_loop)
-
-    @contextlib.contextmanager
-    def observe(self, num_steps: int) -> Iterator[None]:
-        """Times one call; the first one, which traces, does not count."""
-        begin = time.perf_counter()
-        yield
-        seconds_per_step = (time.perf_counter() - begin) / num_steps
-        if self._is_auto and self.is_traced:
-            fitting = int(_SECONDS_PER_CALL / seconds_per_step)
-            longest = min(8 * self.steps, _MAX_STEPS_PER_CALL)
-            self.steps = max(1, min(fitting, longest))
-        self.is_traced = True
-
-
-class _Rates:
-    """Steps and examples per second since an epoch began or was resumed."""
-
-    def __init__(self, step: int, num_examples: float):
-        self._begin = time.perf_counter()
-        self._step = step
-        self._num_examples = num_examples
-
-    def add_to(self, logs: dict[str, float], step: int) -> dict[str, float]:
-        """Replaces the counts in the logs by the two rates."""
-        seconds = time.perf_counter() - self._begin
-        num_examples = logs["examples"] - self._num_examples
-        return {
-            **{name: logs[name] for name in logs if name not in _COUNTS},
-            "examples_per_sec": num_examples / seconds,
-            "steps_per_sec": (step - self._step) / seconds,
-        }
 
 
 def _wrapped(
@@ -587,13 +534,6 @@ def _wrapped(
     return optimizer_lib.wrap_optimizer(
         optimizer, loss_scale="dynamic" if needs_scale else "auto"
     )
-
-
-def _local_replica_ids(strategy: tf.distribute.Strategy) -> list[int]:
-    ids = strategy.experimental_distribute_values_from_function(
-        lambda context: tf.constant(context.replica_id_in_sync_group)
-    )
-    return [int(i) for i in strategy.experimental_local_results(ids)]
 
 
 def _check_dataset(dataset: tf.data.Dataset) -> None:
@@ -634,13 +574,6 @@ def _reduction_of(loss: Any) -> str:
     return found.pop()
 
 
-def _progress(verbose: str | int) -> list[keras.callbacks.Callback]:
-    if verbose == 0:
-        return []
-    seconds = math.inf if verbose == 2 else 30.0
-    return [Progress(seconds_between_lines=seconds)]
-
-
 def _check_counts(**counts: Any) -> None:
     for name, value in counts.items():
         if value is not None and (not isinstance(value, int) or value < 1):
@@ -648,24 +581,3 @@ def _check_counts(**counts: Any) -> None:
                 f"`{name}` must be a positive integer. Received {value!r} "
                 f"(--{name})."
             )
-
-
-def _to_numbers(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """Python numbers (lists, for metrics of several numbers); loss first."""
-    names = sorted(logs, key=lambda name: name != "loss")
-    return {
-        name: tf.convert_to_tensor(logs[name]).numpy().tolist()
-        for name in names
-    }
-
-
-def _blame(bad_inputs: int) -> str:
-    if bad_inputs:
-        return (
-            f"The data is the cause: {bad_inputs} slices of batches since the "
-            "epoch began hold NaN or infinite numbers; clean the input."
-        )
-    return (
-        "The input is finite, so the model or the learning rate is the "
-        "cause: try a lower learning rate, `global_clipnorm`, or float32."
-    )

@@ -1,10 +1,12 @@
 """From a config to the objects it describes: devices, data, trainer."""
 
+import contextlib
 import dataclasses
 import importlib
 import inspect
 import logging
-from collections.abc import Callable
+import pathlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
@@ -16,8 +18,11 @@ import dist_amp
 from dist_amp import cluster as cluster_lib
 from dist_amp import data as data_lib
 from dist_amp import schedule as schedule_lib
+from dist_amp import storage, weights
 from dist_amp import strategy as strategy_lib
 from dist_amp.callbacks import JsonLines, describe_epoch
+from dist_amp.checkpoint import readable_size, whole_manifests
+from dist_amp.stream import DatasetLike, length_of, one_pass
 from launch.config import ConfigError, TrainConfig
 from launch.run_dir import RunDir
 
@@ -41,12 +46,17 @@ class Devices:
     strategy_reason: str
     precision: dist_amp.Precision
 
+    @property
+    def is_chief(self) -> bool:
+        """Whether this process writes the run's folder."""
+        return strategy_lib.task_index(self.strategy) == 0
+
 
 @dataclasses.dataclass(frozen=True)
 class Data:
     """Global batches to train on and, unless there are none, to test on."""
 
-    train: tf.data.Dataset
+    train: DatasetLike
     test: tf.data.Dataset | None
     num_classes: int | None
 
@@ -108,8 +118,10 @@ def load_data(config: TrainConfig) -> Data:
     test = None
     test_split = data_lib.test_split_of(builder)
     if test_split is not None:
-        test = data_lib.read_tfds(
-            builder, test_split, global_batch_size=config.batch_size
+        test = one_pass(
+            data_lib.read_tfds(
+                builder, test_split, global_batch_size=config.batch_size
+            )
         )
     return Data(train, test, data_lib.num_classes_of(builder))
 
@@ -118,6 +130,8 @@ def make_trainer(
     config: TrainConfig, devices: Devices, data: Data
 ) -> dist_amp.Trainer:
     """Makes model and optimizer in the scope, and the trainer around them."""
+    # Again: what reading data took of the generators must change no weight.
+    keras.utils.set_random_seed(config.seed)
     with dist_amp.scope(devices.strategy, devices.precision):
         model = _make_model(config, data)
         optimizer = _make_optimizer(config, _total_steps(config, data))
@@ -157,7 +171,7 @@ def describe(
         "epochs": config.num_epochs,
         "steps_per_epoch": config.num_steps_per_epoch
         or _ceil_div(
-            data_lib.length_of(data.train), config.gradient_accumulation_steps
+            length_of(one_pass(data.train)), config.gradient_accumulation_steps
         ),
         "per_replica_batch_size": config.batch_size
         / devices.strategy.num_replicas_in_sync,
@@ -198,6 +212,94 @@ def describe_plan(
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {v}" for name, v in lines.items())
+
+
+@contextlib.contextmanager
+def open_run_dir(config: TrainConfig, run_dir: RunDir) -> Iterator[None]:
+    """Makes the folder, keeps other runs from it, writes to nothing yet.
+
+    Raises:
+        ConfigError: Another run has the folder, or it cannot be written.
+    """
+    path = str(run_dir.path)
+    with contextlib.ExitStack() as stack:
+        try:
+            if config.resume == "never" and run_dir.path.exists():
+                with storage.lock(path):
+                    moved = run_dir.move_aside()
+                _log.info("moved earlier results to %s", moved)
+            stack.enter_context(storage.lock(path))
+            _check_checkpoints(config, run_dir)
+        except storage.IO_ERRORS as error:
+            raise ConfigError(f"--run_dir={path}: {error}") from error
+        yield
+
+
+def _check_checkpoints(config: TrainConfig, run_dir: RunDir) -> None:
+    """What only TensorFlow can look for, and what was not moved aside."""
+    found = storage.find(run_dir.checkpoints)
+    if config.resume == "never" and found:
+        raise ConfigError(
+            f"--resume=never: --checkpoint_dir={run_dir.checkpoints} holds "
+            "checkpoints; name an empty folder."
+        )
+    run_dir.check_resume(
+        config, has_checkpoint=bool(whole_manifests(run_dir.checkpoints))
+    )
+
+
+def save_policy(config: TrainConfig) -> dist_amp.SavePolicy:
+    """When to save, and what to keep."""
+    return dist_amp.SavePolicy(
+        every_epochs=config.save_every_epochs or None,
+        every_steps=config.save_every_steps,
+        every_minutes=config.save_every_minutes,
+        max_to_keep=config.keep_checkpoints,
+        keep_best=config.keep_best,
+        keep_every=config.keep_every,
+    )
+
+
+def rollback_policy(config: TrainConfig) -> dist_amp.RollbackPolicy | None:
+    """What to do when training blows up; None: an error."""
+    if not config.rollback_on:
+        return None
+    return dist_amp.RollbackPolicy(
+        on=config.rollback_on,
+        max_rollbacks=config.max_rollbacks,
+        lower=config.rollback_lower,
+        factor=config.rollback_factor,
+    )
+
+
+def load_initial_weights(
+    config: TrainConfig, data: Data, trainer: dist_amp.Trainer
+) -> None:
+    """Builds the model and reads `--initial_weights` into it, if given."""
+    trainer.build(data.train)
+    if config.initial_weights is None:
+        return
+    try:
+        weights.load(trainer.model, config.initial_weights)
+    except (*storage.IO_ERRORS, ValueError) as error:
+        raise ConfigError(
+            f"--initial_weights={config.initial_weights}: {error}"
+        ) from error
+    trainer.spread_seeds()
+
+
+def describe_checkpoints(directory: str) -> str:
+    """How many there are and what they weigh, for the last line of a run."""
+    manifests = whole_manifests(directory).values()
+    size = readable_size(sum(m.num_bytes for m in manifests))
+    return f"{len(manifests)} checkpoints, {size}"
+
+
+def save_model(trainer: dist_amp.Trainer, path: pathlib.Path) -> None:
+    """Writes `model.keras`, which is whole whenever it is there."""
+    part = path.with_name(f"part-{path.name}")
+    trainer.model.save(part)
+    part.replace(path)
 
 
 def make_callbacks(
@@ -248,13 +350,15 @@ def _call_with(function: Callable[..., Any], **offered: Any) -> Any:
 def _data_of(function: Callable[..., Any], config: TrainConfig) -> Data:
     takes_split = "split" in inspect.signature(function).parameters
     train = _user_dataset(function, "train", config)
-    test = _user_dataset(function, "test", config) if takes_split else None
+    test = None
+    if takes_split:
+        test = one_pass(_user_dataset(function, "test", config))
     return Data(train, test, num_classes=None)
 
 
 def _user_dataset(
     function: Callable[..., Any], split: str, config: TrainConfig
-) -> tf.data.Dataset:
+) -> DatasetLike:
     dataset = _call_with(
         function,
         split=split,
@@ -262,15 +366,19 @@ def _user_dataset(
         seed=config.seed,
         data_dir=config.data_dir,
     )
-    if not isinstance(dataset, tf.data.Dataset):
+    first_pass = one_pass(dataset)
+    if not isinstance(first_pass, tf.data.Dataset):
         raise ConfigError(
-            f"--dataset={config.dataset} must return a tf.data.Dataset. "
-            f"Received {type(dataset).__name__}."
+            f"--dataset={config.dataset} must return a tf.data.Dataset, or a "
+            "function of the pass over the data that returns one. Received "
+            f"{type(first_pass).__name__}."
         )
     takes_size = "global_batch_size" in inspect.signature(function).parameters
-    if takes_size or data_lib.is_batched(dataset):
+    if takes_size or data_lib.is_batched(first_pass):
         return dataset
-    return dataset.batch(config.batch_size)
+    if isinstance(dataset, tf.data.Dataset):
+        return dataset.batch(config.batch_size)
+    return lambda number: dataset(number).batch(config.batch_size)
 
 
 def _make_model(config: TrainConfig, data: Data) -> keras.Model:
@@ -389,6 +497,6 @@ def _learning_rate(config: TrainConfig, total_steps: int | None) -> Any:
 
 def _total_steps(config: TrainConfig, data: Data) -> int | None:
     steps = config.num_steps_per_epoch or _ceil_div(
-        data_lib.length_of(data.train), config.gradient_accumulation_steps
+        length_of(one_pass(data.train)), config.gradient_accumulation_steps
     )
     return None if steps is None else steps * config.num_epochs

@@ -35,6 +35,8 @@ OPTIMIZERS = (
 MODELS = ("mlp",)
 SCHEDULES = ("constant", "cosine", "linear")
 RESUMES = ("auto", "never", "must")
+ROLLBACK_KINDS = ("nan", "spike")
+ROLLBACK_LOWERED = ("nothing", "loss_scale", "learning_rate")
 DEFAULT_EPOCHS = 5
 
 
@@ -128,7 +130,7 @@ class TrainConfig:
 
     optimizer: str = _flag("adam", "A Keras optimizer.", OPTIMIZERS)
     learning_rate: float | None = _flag(
-        None, "Peak learning rate [0.02 for --model=mlp, else 0.001]."
+        None, "Peak learning rate [0.01 for --model=mlp, else 0.001]."
     )
     momentum: float | None = _flag(None, "For sgd and rmsprop.")
     warmup_steps: int = _flag(0, "Updates until the peak is reached.")
@@ -163,6 +165,44 @@ class TrainConfig:
         "if there is none, never starts anew and moves run_dir aside.",
         RESUMES,
     )
+    checkpoint_dir: str | None = _flag(
+        None,
+        "Where checkpoints go; gs:// and the like too. Default: "
+        "run_dir/checkpoints.",
+    )
+    save_every_epochs: int = _flag(
+        1, "Epochs between checkpoints; 0: only as the next two flags say."
+    )
+    save_every_steps: int | None = _flag(None, "Updates between checkpoints.")
+    save_every_minutes: float | None = _flag(
+        None, "Minutes between checkpoints."
+    )
+    keep_checkpoints: int = _flag(3, "The newest so many are kept.")
+    keep_best: str | None = _flag(
+        None,
+        "The checkpoint that is best in this is kept too, say val_accuracy.",
+    )
+    keep_every: int | None = _flag(
+        None, "Each so many-th checkpoint is kept for ever."
+    )
+    initial_weights: str | None = _flag(
+        None,
+        "A new run starts from the weights in a .keras, .h5 or "
+        ".safetensors file.",
+    )
+    max_minutes: float | None = _flag(
+        None, "Saves and stops after so long; start again to go on."
+    )
+    rollback_on: tuple[str, ...] = _flag(
+        (),
+        "Goes back to the last good checkpoint, past the batches that did "
+        "it, where the loss is not finite (nan) or jumps (spike).",
+    )
+    max_rollbacks: int = _flag(3, "After so many, the next one is an error.")
+    rollback_lower: str = _flag(
+        "nothing", "What is lowered at each rollback.", ROLLBACK_LOWERED
+    )
+    rollback_factor: float = _flag(0.5, "What it is multiplied by.")
     dry_run: bool = _flag(
         False, "Builds, traces one step, prints the plan, and exits."
     )
@@ -175,6 +215,7 @@ class TrainConfig:
         self._check_loss_scale()
         self._check_batch()
         self._check_optimizer()
+        self._check_recovery()
 
     # ------------------------------------------------------------ resolved
 
@@ -183,7 +224,7 @@ class TrainConfig:
         """`learning_rate`, or what suits the model."""
         if self.learning_rate is not None:
             return self.learning_rate
-        return 0.02 if self.model == "mlp" else 0.001
+        return 0.01 if self.model == "mlp" else 0.001
 
     @property
     def num_epochs(self) -> int:
@@ -253,7 +294,12 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 _fail(name, "must be positive", value)
-        for name in ("num_logical_cpus", "warmup_steps", "weight_decay"):
+        for name in (
+            "num_logical_cpus",
+            "warmup_steps",
+            "weight_decay",
+            "save_every_epochs",
+        ):
             value = getattr(self, name)
             if value is not None and value < 0:
                 _fail(name, "must not be negative", value)
@@ -376,6 +422,36 @@ class TrainConfig:
                 "ema_overwrite_frequency", "no --ema", "pass --ema=0.999"
             )
 
+    def _check_recovery(self) -> None:
+        for kind in self.rollback_on:
+            if kind not in ROLLBACK_KINDS:
+                _fail(
+                    "rollback_on",
+                    f"must be of {', '.join(ROLLBACK_KINDS)}",
+                    kind,
+                )
+        if not self.rollback_factor < 1:
+            _fail("rollback_factor", "must be in (0, 1)", self.rollback_factor)
+        if self.rollback_lower != "nothing" and not self.rollback_on:
+            _contradict(
+                "rollback_lower", "no --rollback_on", "pass --rollback_on=nan"
+            )
+        if self.rollback_lower == "learning_rate" and (
+            self.schedule != "constant" or self.warmup_steps
+        ):
+            _contradict(
+                "rollback_lower",
+                "--schedule or --warmup_steps",
+                "only a constant learning rate can be lowered",
+            )
+        weights = self.initial_weights
+        if weights and not weights.endswith((".keras", ".h5", ".safetensors")):
+            _fail(
+                "initial_weights",
+                "must end in .keras, .h5 or .safetensors",
+                weights,
+            )
+
 
 _SCALE_OPTIONS = (
     "loss_scale_initial",
@@ -396,6 +472,13 @@ _POSITIVE = (
     "clipnorm",
     "clipvalue",
     "ema_overwrite_frequency",
+    "save_every_steps",
+    "save_every_minutes",
+    "keep_checkpoints",
+    "keep_every",
+    "max_minutes",
+    "max_rollbacks",
+    "rollback_factor",
 )
 
 

@@ -15,6 +15,19 @@ _FREE = (
     "run_dir",
     "resume",
     "dry_run",
+    "checkpoint_dir",
+    "save_every_epochs",
+    "save_every_steps",
+    "save_every_minutes",
+    "keep_checkpoints",
+    "keep_best",
+    "keep_every",
+    "initial_weights",
+    "max_minutes",
+    "rollback_on",
+    "max_rollbacks",
+    "rollback_lower",
+    "rollback_factor",
     "epochs",
     "steps_per_loop",
     "eval_steps",
@@ -32,15 +45,16 @@ class RunDir:
     """Paths of a run's results.
 
     Args:
-        path: The folder; made by `prepare`.
+        path: The folder.
+        checkpoints: Where checkpoints go, if not in the folder.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, checkpoints: str | None = None):
         self.path = pathlib.Path(path)
         self.config = self.path / "config.json"
         self.metrics = self.path / "metrics.jsonl"
         self.tensorboard = self.path / "tensorboard"
-        self.checkpoints = self.path / "checkpoints"
+        self.checkpoints = checkpoints or str(self.path / "checkpoints")
         self.model = self.path / "model.keras"
 
     def check(self, config: TrainConfig) -> None:
@@ -50,7 +64,15 @@ class RunDir:
             ConfigError: There is nothing to resume and there must be, or the
                 folder holds a run with other settings.
         """
-        has_checkpoint = (self.checkpoints / "checkpoint").exists()
+        if "://" in self.checkpoints:
+            return  # only TensorFlow can look there
+        manifests = pathlib.Path(self.checkpoints).glob("ckpt-*/manifest.json")
+        self.check_resume(config, has_checkpoint=any(manifests))
+
+    def check_resume(
+        self, config: TrainConfig, *, has_checkpoint: bool
+    ) -> None:
+        """The same, once it is known whether there is a checkpoint."""
         if config.resume == "must" and not has_checkpoint:
             raise ConfigError(
                 f"--resume=must: there is no checkpoint in "
@@ -66,34 +88,36 @@ class RunDir:
                 "--run_dir, or --resume=never."
             )
 
-    def prepare(self, config: TrainConfig) -> pathlib.Path | None:
-        """Makes the folder; with `--resume=never` moves an earlier one aside.
-
-        Returns:
-            Where the earlier results are now, if they were moved.
-        """
-        moved = None
-        if config.resume == "never" and self.path.exists():
-            paths = (
-                self.path.with_name(f"{self.path.name}.{number}")
-                for number in itertools.count(1)
-            )
-            moved = next(path for path in paths if not path.exists())
-            self.path.rename(moved)
-        self.path.mkdir(parents=True, exist_ok=True)
+    def move_aside(self) -> pathlib.Path | None:
+        """Renames an earlier run's folder; returns its new path, if any."""
+        if not self.path.exists():
+            return None
+        paths = (
+            self.path.with_name(f"{self.path.name}.{number}")
+            for number in itertools.count(1)
+        )
+        moved = next(path for path in paths if not path.exists())
+        self.path.rename(moved)
         return moved
 
-    def write_config(self, config: TrainConfig, **resolved: Any) -> None:
-        """Writes `config.json`: settings, what they became, versions."""
-        text = json.dumps(
-            {
-                "settings": dataclasses.asdict(config),
-                "resolved": resolved,
-                "versions": _versions(),
-            },
-            indent=2,
-        )
-        self.config.write_text(text + "\n")
+    def write_config(
+        self, config: TrainConfig, **resolved: Any
+    ) -> dict[str, Any]:
+        """Writes `config.json`: settings, what they became, versions.
+
+        Returns:
+            What was written.
+        """
+        content = {
+            "settings": dataclasses.asdict(config),
+            "resolved": resolved,
+            "versions": _versions(),
+        }
+        text = json.dumps(content, indent=2)
+        part = self.config.with_suffix(".part")
+        part.write_text(text + "\n")
+        part.replace(self.config)
+        return content
 
     def _changed(self, config: TrainConfig) -> list[str]:
         if not self.config.exists():

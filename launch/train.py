@@ -2,8 +2,8 @@
 
 With no flag: a small network on handwritten digits, on whatever this machine
 has. Results go to --run_dir: config.json, metrics.jsonl, tensorboard/,
-checkpoints/ and model.keras. Interrupt it (Ctrl-C or SIGTERM) and start it
-again: it goes on where it stopped.
+checkpoints/ and model.keras. Interrupt it (Ctrl-C, SIGTERM, SIGUSR1), or let
+the machine die under it, and start it again: it goes on where it was.
 
   python -m launch.train --precision=mixed_float16 --num_logical_cpus=2
   python -m launch.train --model=my_package.models:build --dataset=mnist
@@ -14,8 +14,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 from absl import flags
 
@@ -23,11 +23,6 @@ from launch.config import ConfigError, TrainConfig
 from launch.flags import config_from_flags, define_flags, help_text
 from launch.quiet import quiet_start
 from launch.run_dir import RunDir
-
-if TYPE_CHECKING:
-    from dist_amp import Trainer
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def run() -> None:
@@ -49,7 +44,7 @@ def main(argv: list[str]) -> int:
                 f"flags start with --. Received {' '.join(arguments[1:])}."
             )
         config = config_from_flags()
-        run_dir = RunDir(config.directory)
+        run_dir = RunDir(config.directory, config.checkpoint_dir)
         run_dir.check(config)
         return train(config, run_dir)
     except (flags.Error, ValueError, FloatingPointError) as error:
@@ -59,11 +54,23 @@ def main(argv: list[str]) -> int:
         return 128 + signal.SIGINT
 
 
-def train(config: TrainConfig, run_dir: RunDir) -> int:
-    """Trains as the config says and leaves the results in the folder."""
+def train(
+    config: TrainConfig, run_dir: RunDir, callbacks: Sequence[Any] = ()
+) -> int:
+    """Trains as the config says and leaves the results in the folder.
+
+    Args:
+        config: The settings.
+        run_dir: Where results go; only the chief of several workers writes.
+        callbacks: Keras callbacks besides its own.
+
+    Returns:
+        The process's exit status.
+    """
     _configure_logging()
     with quiet_start():
-        from launch import build  # imports TensorFlow
+        from dist_amp import preemption  # imports TensorFlow
+        from launch import build
 
         devices = build.make_devices(config)
     data = build.load_data(config)
@@ -71,13 +78,19 @@ def train(config: TrainConfig, run_dir: RunDir) -> int:
     if config.dry_run:
         print(build.describe_plan(config, devices, data, trainer))
         return 0
-    moved = run_dir.prepare(config)
-    if moved:
-        print(f"moved earlier results to {moved}")
-    run_dir.write_config(
-        config, **build.describe(config, devices, data, trainer)
-    )
-    with _stopping_on_signals(trainer) as received:
+    build.load_initial_weights(config, data, trainer)
+    with contextlib.ExitStack() as stack:
+        if devices.is_chief:
+            stack.enter_context(build.open_run_dir(config, run_dir))
+            trainer.run_info = run_dir.write_config(
+                config, **build.describe(config, devices, data, trainer)
+            )
+            callbacks = [*build.make_callbacks(run_dir, trainer), *callbacks]
+        stack.enter_context(
+            preemption.watch(
+                trainer.request_stop, max_minutes=config.max_minutes
+            )
+        )
         trainer.fit(
             data.train,
             epochs=config.num_epochs,
@@ -85,46 +98,44 @@ def train(config: TrainConfig, run_dir: RunDir) -> int:
             steps_per_loop=config.loop_length,
             validation_data=data.test,
             validation_steps=config.eval_steps,
-            callbacks=build.make_callbacks(run_dir, trainer),
+            callbacks=callbacks,
             checkpoint_dir=run_dir.checkpoints,
+            save_policy=build.save_policy(config),
+            rollback=build.rollback_policy(config),
         )
+        results = None
+        if config.ema is not None and data.test and not trainer.stop_reason:
+            results = trainer.evaluate(data.test, steps=config.eval_steps)
+        if devices.is_chief:
+            print(_conclude(config, run_dir, trainer, results))
+    reason = trainer.stop_reason
+    return preemption.exit_status(reason) if reason else 0
+
+
+def _conclude(
+    config: TrainConfig, run_dir: RunDir, trainer: Any, results: Any
+) -> str:
+    """Saves the model of a run that came to its end; tells how it ended."""
+    from launch import build
+
     if trainer.stop_reason:
-        print(
+        where = "there"
+        if trainer.save_error:
+            where = "the checkpoint before it: this one could not be saved"
+        return (
             f"stopped by {trainer.stop_reason} at step {trainer.global_step}; "
-            "the same command goes on from there"
+            f"the same command goes on from {where}"
         )
-        return 128 + received[0]
-    if not trainer.model.history.epoch and run_dir.model.exists():
-        print(
+    is_new = trainer.global_step > trainer.resumed_step
+    if not is_new and run_dir.model.exists():
+        return (
             f"{run_dir.path} holds a finished run of {config.num_epochs} "
             "epochs; raise --epochs, pass another --run_dir, or --resume=never"
         )
-        return 0
-    trainer.model.save(run_dir.model)
-    if config.ema is not None and data.test is not None:
-        results = trainer.evaluate(data.test, steps=config.eval_steps)
-        print(build.describe_average(results))
-    print(f"results are in {run_dir.path}")
-    return 0
-
-
-@contextlib.contextmanager
-def _stopping_on_signals(trainer: "Trainer") -> Iterator[list[signal.Signals]]:
-    """The first signal stops at the next step; a second one at once."""
-    received: list[signal.Signals] = []
-
-    def stop(number: int, _: Any) -> None:
-        if received:
-            os._exit(128 + number)
-        received.append(signal.Signals(number))
-        trainer.request_stop(received[0].name)
-
-    before = {number: signal.signal(number, stop) for number in _SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    build.save_model(trainer, run_dir.model)
+    lines = [] if results is None else [build.describe_average(results)]
+    size = build.describe_checkpoints(run_dir.checkpoints)
+    return "\n".join([*lines, f"results are in {run_dir.path} ({size})"])
 
 
 def _configure_logging() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_amp import data
+from dist_amp import data, stream
 
 
 def batches(num_examples, batch_size, *more):
@@ -100,54 +100,6 @@ def test_an_element_of_four_parts_is_refused():
         data.split(dataset)
 
 
-def read(stream, num_batches):
-    return [int(next(stream.iterator)[0].x[0]) for _ in range(num_batches)]
-
-
-def test_stream_goes_round_and_resumes_anywhere():
-    dataset = data.split(batches(10, 2))
-    stream = data.Stream(dataset)
-    stream.open()
-    straight = read(stream, 12)
-    for epochs, steps in [(0, 3), (1, 0), (1, 4)]:
-        resumed = data.Stream(dataset)
-        resumed.open(epochs, steps)
-        done = 5 * epochs + steps
-        assert read(resumed, 12 - done) == straight[done:]
-
-
-def test_accumulation_ends_an_epoch_with_a_shorter_step():
-    stream = data.Stream(data.split(batches(14, 2)), batches_per_step=3)
-    assert stream.steps_per_epoch == 3
-    assert stream.next_call(0, wanted=9) == (2, 3)
-    assert stream.next_call(2, wanted=9) == (1, 1)
-    assert stream.next_call(3, wanted=9) == (0, 0)
-
-
-def test_steps_per_epoch_overrides_the_length():
-    stream = data.Stream(data.split(batches(4, 2).repeat()), steps_per_epoch=7)
-    assert stream.next_call(0, wanted=5) == (5, 1)
-    assert stream.next_call(5, wanted=5) == (2, 1)
-    assert stream.next_call(7, wanted=5) == (0, 0)
-
-
-@pytest.mark.parametrize(
-    ("dataset", "options", "message"),
-    [
-        (batches(4, 2).repeat(), {}, "repeats for ever"),
-        (batches(4, 2).take(0), {}, "empty"),
-        (
-            batches(4, 2).filter(lambda *_: True),
-            {"batches_per_step": 2},
-            "cannot tell",
-        ),
-    ],
-)
-def test_a_stream_that_cannot_be_counted_is_an_error(dataset, options, message):
-    with pytest.raises(ValueError, match=message):
-        data.Stream(data.split(dataset), **options)
-
-
 def test_digits_need_no_network_and_are_prepared_once(tmp_path):
     builder = data.prepare_tfds("digits", str(tmp_path))
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
@@ -159,7 +111,8 @@ def test_digits_need_no_network_and_are_prepared_once(tmp_path):
         builder, "train", global_batch_size=100, shuffle_seed=1
     )
     test = data.read_tfds(builder, "test", global_batch_size=100)
-    assert (data.length_of(train), data.length_of(test)) == (15, 4)
+    train = stream.one_pass(train)
+    assert (stream.length_of(train), stream.length_of(test)) == (15, 4)
     x, y = next(iter(train))
     assert x.shape == (100, 8, 8, 1)
     assert x.dtype == tf.float32
@@ -167,19 +120,25 @@ def test_digits_need_no_network_and_are_prepared_once(tmp_path):
     assert set(y.numpy()) == set(range(10))
 
 
-def test_digits_are_shuffled_anew_each_epoch_and_alike_for_a_seed(tmp_path):
+@pytest.mark.parametrize("max_bytes", [2**30, 0])
+def test_digits_are_shuffled_anew_each_pass_and_alike_for_a_seed(
+    tmp_path, monkeypatch, max_bytes
+):
+    """In memory and from files alike."""
+    monkeypatch.setattr(data, "_MAX_BYTES_IN_MEMORY", max_bytes)
     builder = data.prepare_tfds("digits", str(tmp_path))
 
-    def labels():
+    def labels(number, seed=3):
         dataset = data.read_tfds(
-            builder, "train", global_batch_size=1437, shuffle_seed=3
+            builder, "train", global_batch_size=1437, shuffle_seed=seed
         )
-        return [y.numpy().tolist() for _, y in dataset.repeat().take(2)]
+        ((_, y),) = dataset(tf.constant(number, tf.int64))
+        return y.numpy().tolist()
 
-    first, second = labels()
-    assert first != second
-    assert sorted(first) == sorted(second)
-    assert labels() == [first, second]
+    assert labels(0) == labels(0)
+    assert len({tuple(labels(n)) for n in range(3)}) == 3
+    assert labels(0) != labels(0, seed=4)
+    assert sorted(labels(0)) == sorted(labels(1))
 
 
 if __name__ == "__main__":

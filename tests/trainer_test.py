@@ -273,16 +273,23 @@ def test_a_broken_model_has_no_good_validation_loss():
     assert np.isnan(trainer.evaluate(support.batched((x, y)))["loss"])
 
 
-def test_evaluate_within_an_epoch_is_refused():
-    trainer = support.make_trainer()
-    callback = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: trainer.evaluate(
-            support.make_dataset()
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_evaluate_within_an_epoch_leaves_its_metrics_alone(num_replicas):
+    histories, results = [], []
+    for is_evaluated in (False, True):
+        trainer = support.make_trainer(
+            num_replicas=num_replicas, metrics=["accuracy"]
         )
-    )
-    with pytest.raises(RuntimeError, match="resets the metrics"):
-        fit(trainer, callbacks=[callback])
-    trainer.evaluate(support.make_dataset())
+
+        def evaluate(batch, logs, trainer=trainer, is_evaluated=is_evaluated):
+            if is_evaluated:
+                results.append(trainer.evaluate(support.make_dataset(5)))
+
+        callback = keras.callbacks.LambdaCallback(on_train_batch_end=evaluate)
+        history = fit(trainer, callbacks=[callback], steps_per_loop=1).history
+        histories.append([history["loss"], history["accuracy"]])
+    assert histories[0] == histories[1]
+    assert len({one["loss"] for one in results}) == 6
 
 
 @pytest.mark.parametrize(
@@ -355,7 +362,7 @@ def test_a_stop_that_was_asked_for_ends_with_a_checkpoint(tmp_path):
     )
     assert trainer.stop_reason == "enough"
     assert trainer.global_step == 1
-    assert (tmp_path / "ckpt-1.index").exists()
+    assert (tmp_path / "ckpt-1" / "manifest.json").exists()
 
 
 def test_a_stop_before_the_first_step_is_heard():
@@ -381,7 +388,8 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     fit(first, checkpoint_dir=tmp_path)
     second = support.make_trainer(seed=1)
     history = fit(second, checkpoint_dir=tmp_path)
-    assert history.epoch == []
+    assert history.history == first.model.history.history
+    assert second.global_step == first.global_step
     support.assert_close(
         support.read(second.model.variables),
         support.read(first.model.variables),

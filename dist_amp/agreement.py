@@ -1,0 +1,68 @@
+"""What all workers of a job decide together, between two compiled calls."""
+
+from collections.abc import Sequence
+
+import tensorflow as tf
+
+from dist_amp import strategy as strategy_lib
+
+# Bytes of a reason that travel: enough for "worker 3 got SIGTERM".
+_REASON_BYTES = 48
+
+
+class StopRequest:
+    """Whether to stop, and why: one worker is asked, and all agree on when.
+
+    Args:
+        strategy: Whose workers they are.
+
+    Attributes:
+        reason: What was agreed on; None to go on.
+    """
+
+    def __init__(self, strategy: tf.distribute.Strategy):
+        self._strategy = strategy
+        self._is_alone = strategy_lib.num_workers(strategy) == 1
+        self._asked: str | None = None
+        self.reason: str | None = None
+
+    def ask(self, reason: str) -> None:
+        """Safe in a signal handler; heard by the next `agree`."""
+        self._asked = self._asked or reason
+
+    def clear(self) -> None:
+        """Forgets what was asked and agreed on."""
+        self._asked = self.reason = None
+
+    def agree(self, length: int = 1, *, is_due: bool = False) -> tuple:
+        """All workers call it at the same place of the program.
+
+        Args:
+            length: How many steps this worker would put in the next call.
+            is_due: Whether this worker finds that something is due.
+
+        Returns:
+            The smallest length, and whether any worker finds it due.
+        """
+        if self._is_alone:
+            self.reason = self._asked
+            return length, is_due
+        text = (self._asked or "").encode()[:_REASON_BYTES]
+        numbers = [length, int(is_due), *_packed(text)]
+        rows = strategy_lib.gather_workers(self._strategy, numbers)
+        reasons = [_unpacked(row[2:]) for row in rows]
+        self.reason = next(filter(None, reasons), None)
+        return int(rows[:, 0].min()), bool(rows[:, 1].any())
+
+
+def _packed(text: bytes) -> list[int]:
+    padded = text.ljust(_REASON_BYTES, b"\0")
+    return [
+        int.from_bytes(padded[begin : begin + 6], "big")
+        for begin in range(0, _REASON_BYTES, 6)
+    ]
+
+
+def _unpacked(numbers: Sequence[int]) -> str:
+    padded = b"".join(int(number).to_bytes(6, "big") for number in numbers)
+    return padded.rstrip(b"\0").decode(errors="replace")

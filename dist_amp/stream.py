@@ -1,0 +1,176 @@
+"""Training batches without end, and where in them training is."""
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import tensorflow as tf
+
+# Global batches, or a function of the pass over the data (0, 1, ...; a scalar
+# int64 tensor) that returns them: it shuffles by a seed made from the pass, so
+# a run that goes on in pass 90 need not read the 89 before it.
+DatasetLike: TypeAlias = (
+    tf.data.Dataset | Callable[[tf.Tensor], tf.data.Dataset]
+)
+
+
+def length_of(dataset: tf.data.Dataset) -> int | None:
+    """Batches in the dataset; None where TensorFlow cannot tell."""
+    cardinality = int(dataset.cardinality())
+    return cardinality if cardinality >= 0 else None
+
+
+def is_infinite(dataset: tf.data.Dataset) -> bool:
+    """Whether the dataset repeats for ever."""
+    return int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
+
+
+def one_pass(dataset: DatasetLike) -> tf.data.Dataset:
+    """The first pass over the data: its shapes and length stand for all."""
+    if isinstance(dataset, tf.data.Dataset) or not callable(dataset):
+        return dataset
+    return dataset(tf.constant(0, tf.int64))
+
+
+class Stream:
+    """Training batches without end, and where in them training is.
+
+    A batch is an element of the dataset; an update takes `batches_per_step`
+    of them.
+
+    Args:
+        dataset: Global batches, or a function of the pass that returns them.
+        transform: From global batches to what is fed, say `split`.
+        batches_per_step: Batches that one update takes.
+        steps_per_epoch: Updates in an epoch; by default one pass over the
+            dataset, whose last update may take fewer batches.
+
+    Attributes:
+        epoch: Epoch under way, from 0.
+        batch: Batches of it that are used up, bad ones included.
+        batches_per_epoch: None until the end of the first epoch if TensorFlow
+            cannot tell the length of the dataset.
+        bad: Batches never to train on: `(epoch, first, end)` each.
+
+    Raises:
+        ValueError: `steps_per_epoch` is needed and missing.
+    """
+
+    def __init__(
+        self,
+        dataset: DatasetLike,
+        transform: Callable[[tf.data.Dataset], tf.data.Dataset],
+        *,
+        batches_per_step: int = 1,
+        steps_per_epoch: int | None = None,
+    ):
+        first = one_pass(dataset)
+        self._length = length_of(first)
+        if steps_per_epoch is None and is_infinite(first):
+            raise ValueError(
+                "`steps_per_epoch` is needed: the dataset repeats for ever "
+                "(--steps_per_epoch)."
+            )
+        needs_length = steps_per_epoch is None and self._length is None
+        if needs_length and batches_per_step > 1:
+            raise ValueError(
+                "`steps_per_epoch` is needed to accumulate gradients over a "
+                "dataset whose length TensorFlow cannot tell; or use "
+                "`dataset.apply(tf.data.experimental.assert_cardinality(n))`."
+            )
+        if self._length == 0:
+            raise ValueError("The dataset is empty: it yields no batch.")
+        self._dataset = dataset
+        self._transform = transform
+        self._batches_per_step = batches_per_step
+        self.batches_per_epoch = self._length
+        if steps_per_epoch is not None:
+            self.batches_per_epoch = steps_per_epoch * batches_per_step
+        self.epoch = self.batch = 0
+        self.bad: list[tuple[int, int, int]] = []
+        self.iterator: Any = None
+
+    @property
+    def steps_per_epoch(self) -> int | None:
+        """Updates in an epoch of which no batch is bad, if known."""
+        if self.batches_per_epoch is None:
+            return None
+        return -(-self.batches_per_epoch // self._batches_per_step)
+
+    def open(self, epoch: int = 0, batch: int = 0) -> None:
+        """Starts at a place: the beginning, or where an earlier run was."""
+        self.epoch, self.batch = epoch, batch
+        begin = epoch * (self.batches_per_epoch or 0) + batch
+        stream = self._transform(self._from(begin))
+        self.iterator = iter(stream.prefetch(tf.data.AUTOTUNE))
+
+    def _from(self, begin: int) -> tf.data.Dataset:
+        """All that comes after so many batches."""
+        dataset, has_epochs = self._dataset, self.batches_per_epoch is not None
+        if isinstance(dataset, tf.data.Dataset):
+            dataset = dataset.repeat() if has_epochs else dataset
+            return dataset.skip(begin) if begin else dataset
+        number, rest = 0, begin
+        if self._length is not None:
+            number, rest = divmod(begin, self._length)
+        passes = tf.data.Dataset.range(number, tf.int64.max)
+        if not has_epochs:  # the end of the first one has to be seen
+            passes = passes.take(1)
+        return passes.flat_map(dataset).skip(rest)
+
+    def next_call(self, wanted: int) -> tuple[int, int]:
+        """How many updates to run in one call, and of how many batches each.
+
+        Args:
+            wanted: Updates to run if the epoch is long enough.
+
+        Returns:
+            `(num_steps, batches_per_step)`; `(0, 0)` at the end of an epoch.
+        """
+        self._pass_over_bad()
+        if self.batches_per_epoch is None:
+            return 1, self._batches_per_step
+        left = self._next_border() - self.batch
+        if left <= 0:
+            return 0, 0
+        whole_steps = left // self._batches_per_step
+        if whole_steps == 0:
+            return 1, left
+        return min(wanted, whole_steps), self._batches_per_step
+
+    def advance(self, num_batches: int) -> None:
+        """Tells that so many batches were taken from the iterator."""
+        self.batch += num_batches
+
+    def end_epoch(self) -> None:
+        """Goes to the beginning of the next epoch.
+
+        Where the length was unknown it is learned here.
+        """
+        if self.batch == 0:
+            raise ValueError("The dataset is empty: it yields no batch.")
+        if self.batches_per_epoch is None:
+            self.learn_length(self.batch)
+            self.open(self.epoch + 1)
+        else:
+            self.epoch, self.batch = self.epoch + 1, 0
+
+    def learn_length(self, num_batches: int) -> None:
+        """Sets the batches of an epoch, which TensorFlow could not tell."""
+        if self.batches_per_epoch is None:
+            self.batches_per_epoch = num_batches
+            self._length = num_batches
+
+    def _pass_over_bad(self) -> None:
+        for epoch, first, end in sorted(self.bad):
+            while epoch == self.epoch and first <= self.batch < end:
+                next(self.iterator)
+                self.batch += 1
+
+    def _next_border(self) -> int:
+        """Where the epoch ends, or the next bad batch stands."""
+        bad = [
+            first
+            for epoch, first, _ in self.bad
+            if epoch == self.epoch and first >= self.batch
+        ]
+        return min([self.batches_per_epoch or 0, *bad])
