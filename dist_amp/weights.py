@@ -32,7 +32,12 @@ def load(model: keras.Model, path: str) -> None:
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if suffix != ".safetensors":
-        model.load_weights(path)
+        optimizer = getattr(model, "optimizer", None)
+        model.optimizer = None  # Keras would load its variables too
+        try:
+            model.load_weights(path)
+        finally:
+            model.optimizer = optimizer
         return
     arrays = safetensors.load_file(path)
     variables = {_plain(v.path): v for v in model.variables}

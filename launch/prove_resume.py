@@ -29,7 +29,7 @@ from absl import flags
 
 from launch.config import ConfigError
 from launch.flags import config_from_flags, define_flags, help_text
-from launch.quiet import quiet_start
+from launch.quiet import start_tensorflow
 from launch.run_dir import RunDir
 from launch.train import train
 
@@ -222,11 +222,11 @@ def _train_and_die(step: int) -> int:
 def _compare(
     straight: str, parts: str, step: int, *, is_exact: bool
 ) -> Outcome:
-    with quiet_start():
-        from dist_amp import storage
+    start_tensorflow()
+    from dist_amp import storage
 
-        paths = [f"{run}/checkpoints/ckpt-{step}" for run in (straight, parts)]
-        one, other = (storage.read_tensors(path) for path in paths)
+    paths = [f"{run}/checkpoints/ckpt-{step}" for run in (straight, parts)]
+    one, other = (storage.read_tensors(path) for path in paths)
     states = [storage.read_state(path) for path in paths]
     rtol = atol = 0.0
     how = "bit for bit"

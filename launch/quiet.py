@@ -35,6 +35,14 @@ def quiet_start() -> Iterator[None]:
         os.close(stderr)
 
 
+def start_tensorflow() -> None:
+    """Imports it and looks for devices, for programs that train nothing."""
+    with quiet_start():
+        import tensorflow as tf
+
+        tf.config.list_logical_devices()
+
+
 def _pump(read_end: int, stderr: int) -> None:
     with open(read_end, "rb") as lines:
         for line in lines:

@@ -1,95 +1,244 @@
-"""What a checkpoint holds, and going on from one."""
+"""Checkpointer and SavePolicy: what is kept, matched, restored, refused."""
 
+import logging
 import sys
 
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
-from dist_amp.checkpoint import Checkpointer
+from dist_amp import storage
+from dist_amp.checkpoint import Checkpointer, SavePolicy
 from tests import support
 
 
-def make_dropout_model():
-    return keras.Sequential(
-        [
-            keras.Input((support.NUM_FEATURES,)),
-            keras.layers.Dense(8, activation="relu"),
-            keras.layers.BatchNormalization(),
-            keras.layers.Dropout(0.5),
-            keras.layers.Dense(support.NUM_CLASSES, dtype="float32"),
-        ]
+def manifest(step, number=None, is_finite=True, **metrics):
+    return storage.Manifest(
+        step=step,
+        number=number or step,
+        is_finite=is_finite,
+        metrics=metrics,
+        created=0.0,
+        files={},
     )
 
 
-def train(directory, *, stop_after=None, num_replicas=2, precision="float32"):
-    """Trains three epochs of four steps, or until a step."""
-    trainer = support.make_trainer(
-        make_dropout_model,
-        lambda: keras.optimizers.Adam(0.01),
-        num_replicas=num_replicas,
-        precision=precision,
-        metrics=["accuracy"],
-    )
-
-    def stop(batch, logs):
-        if trainer.global_step == stop_after:
-            trainer.request_stop("the test says so")
-
-    dataset = support.batched(support.make_arrays(30)).cache()
-    history = trainer.fit(
-        dataset,
-        epochs=3,
-        steps_per_loop=1,
-        verbose=0,
-        callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=stop)],
-        checkpoint_dir=directory,
-    )
-    return trainer, history.history
+def kept(policy, manifests):
+    return [m.step for m in policy.kept(manifests)]
 
 
-@pytest.mark.parametrize("stop_after", [1, 4, 6])
+# --------------------------------------------------------------------- policy
+
+
+def test_the_newest_are_kept():
+    manifests = [manifest(step) for step in range(1, 7)]
+    assert kept(SavePolicy(max_to_keep=2), manifests) == [5, 6]
+
+
+def test_each_so_many_th_save_is_kept_for_ever():
+    manifests = [manifest(10 * n, number=n) for n in range(1, 8)]
+    policy = SavePolicy(max_to_keep=1, keep_every=3)
+    assert kept(policy, manifests) == [30, 60, 70]
+
+
 @pytest.mark.parametrize(
-    ("num_replicas", "precision"),
-    [(1, "float32"), (2, "mixed_float16"), (4, "mixed_bfloat16")],
+    ("name", "mode", "best"),
+    [
+        ("val_loss", "auto", 2),
+        ("val_loss", "max", 1),
+        ("val_f1", "auto", 1),
+        ("val_f1", "min", 2),
+    ],
 )
-def test_an_interrupted_run_ends_bit_for_bit_like_a_straight_one(
-    tmp_path, stop_after, num_replicas, precision
-):
-    options = {"num_replicas": num_replicas, "precision": precision}
-    straight, history = train(tmp_path / "straight", **options)
-    train(tmp_path / "parts", stop_after=stop_after, **options)
-    resumed, resumed_history = train(tmp_path / "parts", **options)
-    for one, other in zip(
-        [*resumed.model.variables, *resumed.optimizer.variables],
-        [*straight.model.variables, *straight.optimizer.variables],
-        strict=True,
+def test_the_best_is_kept(name, mode, best):
+    values = [3.0, 1.0, 2.0, 2.0, 2.0]
+    manifests = [
+        manifest(step, **{name: value})
+        for step, value in enumerate(values, start=1)
+    ]
+    policy = SavePolicy(max_to_keep=1, keep_best=name, mode=mode)
+    assert kept(policy, manifests) == [best, 5]
+
+
+def test_a_checkpoint_with_nan_is_never_the_best():
+    manifests = [
+        manifest(1, val_loss=1.0),
+        manifest(2, is_finite=False, val_loss=0.0),
+        manifest(3, val_loss=2.0),
+    ]
+    policy = SavePolicy(max_to_keep=1, keep_best="val_loss")
+    assert kept(policy, manifests) == [1, 3]
+
+
+def test_of_two_checkpoints_of_a_step_the_later_one_is_kept():
+    manifests = [manifest(4, number=1), manifest(4, number=2)]
+    policy = SavePolicy()
+    assert [m.number for m in policy.kept(manifests)] == [2]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"max_to_keep": 0}, {"every_minutes": -1.0}, {"mode": "most"}],
+)
+def test_a_policy_out_of_range_is_refused(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        SavePolicy(**options)
+
+
+# ----------------------------------------------------------- save and restore
+
+
+def save_steps(directory, steps, **policy):
+    variable = keras.Variable([0.0, 0.0], name="weight")
+    with Checkpointer(
+        directory, {"model": [variable]}, policy=SavePolicy(**policy)
+    ) as checkpointer:
+        for step in steps:
+            variable.assign([float(step), 0.5])
+            checkpointer.save(step, {"epoch": step}, metrics={"val_loss": step})
+    return variable
+
+
+def test_values_counters_and_arrays_come_back(tmp_path):
+    weight = keras.Variable([1.0, 2.0])
+    count = tf.Variable(7, dtype=tf.int64)
+    groups = {"model": [weight], "mine": [count]}
+    with Checkpointer(tmp_path, groups) as checkpointer:
+        assert checkpointer.restore() is None
+        checkpointer.save(
+            3, {"name": "x", "nan": float("nan")}, arrays={"a/b": np.eye(2)}
+        )
+        weight.assign([0.0, 0.0])
+        count.assign(0)
+        restored = checkpointer.restore()
+    assert restored.step == 3
+    assert restored.state["name"] == "x"
+    assert np.isnan(restored.state["nan"])
+    np.testing.assert_array_equal(restored.arrays["a/b"], np.eye(2))
+    assert weight.numpy().tolist() == [1.0, 2.0]
+    assert count.numpy() == 7
+
+
+def test_only_what_the_policy_says_is_left(tmp_path):
+    save_steps(
+        tmp_path, range(1, 8), max_to_keep=1, keep_every=4, keep_best="val_loss"
+    )
+    steps = [storage.step_of(path) for path in storage.find(str(tmp_path))]
+    assert steps == [1, 4, 7]
+
+
+def test_counting_saves_goes_on_in_the_next_process(tmp_path):
+    save_steps(tmp_path, [1, 2], keep_every=3, max_to_keep=1)
+    save_steps(tmp_path, [3, 4, 5], keep_every=3, max_to_keep=1)
+    steps = [storage.step_of(path) for path in storage.find(str(tmp_path))]
+    assert steps == [3, 5]
+
+
+def test_a_save_that_was_cut_short_is_passed_over_and_cleaned_up(tmp_path):
+    save_steps(tmp_path, [1, 2])
+    (tmp_path / "ckpt-2" / storage.MANIFEST).unlink()
+    variable = keras.Variable([0.0, 0.0], name="weight")
+    with Checkpointer(tmp_path, {"model": [variable]}) as checkpointer:
+        assert checkpointer.restore().step == 1
+        checkpointer.save(3)
+    assert not (tmp_path / "ckpt-2").exists()
+
+
+def test_what_is_not_finite_can_be_passed_over(tmp_path):
+    variable = keras.Variable([1.0], name="weight")
+    with Checkpointer(tmp_path, {"model": [variable]}) as checkpointer:
+        checkpointer.save(1)
+        variable.assign([np.nan])
+        checkpointer.save(2)
+        assert checkpointer.restore().step == 2
+        assert checkpointer.restore(only_finite=True).step == 1
+        checkpointer.discard_after(1)
+        assert checkpointer.restore().step == 1
+
+
+def test_remote_file_systems_are_written_as_local_ones():
+    """TensorFlow's own in-memory file system stands for gs://."""
+    save_steps("ram://run/checkpoints", [1, 2, 3, 4], max_to_keep=2)
+    assert storage.find("ram://run/checkpoints") == [
+        "ram://run/checkpoints/ckpt-3",
+        "ram://run/checkpoints/ckpt-4",
+    ]
+    variable = keras.Variable([0.0, 0.0], name="weight")
+    with Checkpointer(
+        "ram://run/checkpoints", {"model": [variable]}
+    ) as checkpointer:
+        assert checkpointer.restore().state == {"epoch": 4}
+    assert variable.numpy().tolist() == [4.0, 0.5]
+
+
+# ------------------------------------------------------------- another model
+
+
+def make_group(*shapes, names=None):
+    names = names or [f"layer_{index}" for index in range(len(shapes))]
+    pairs = zip(shapes, names, strict=True)
+    return {"model": [keras.Variable(np.ones(s), name=n) for s, n in pairs]}
+
+
+def test_another_model_is_an_error_that_lists_what_differs(tmp_path):
+    with Checkpointer(tmp_path, make_group([2], [3])) as checkpointer:
+        checkpointer.save(1)
+    other = make_group([2], [4], [5])
+    with (
+        Checkpointer(tmp_path, other) as checkpointer,
+        pytest.raises(ValueError, match="another model or optimizer") as error,
     ):
-        np.testing.assert_array_equal(
-            support.local_copies(one), support.local_copies(other)
-        )
-    for name in ("loss", "accuracy"):
-        assert (
-            resumed_history[name]
-            == (history[name][-len(resumed_history[name]) :])
-        )
+        checkpointer.restore()
+    lines = str(error.value).splitlines()
+    assert "  only there: model: layer_1 [3] float32" in lines
+    assert "  only here: model: layer_1 [4] float32" in lines
+    assert "  only here: model: layer_2 [5] float32" in lines
 
 
-def test_a_run_goes_on_with_another_number_of_replicas(tmp_path):
-    """Every variable and counter moves over; the next steps are as right."""
+def test_a_layer_of_another_name_is_another_model(tmp_path):
+    with Checkpointer(tmp_path, make_group([2], names=["a"])) as checkpointer:
+        checkpointer.save(1)
+    other = make_group([2], names=["b"])
+    with (
+        Checkpointer(tmp_path, other) as checkpointer,
+        pytest.raises(ValueError, match="only there: model: a"),
+    ):
+        checkpointer.restore()
 
-    def fit(num_replicas, epochs, directory):
-        trained = support.fit_trainer(
-            support.make_dataset(30),
-            num_replicas=num_replicas,
-            fit={"epochs": epochs, "checkpoint_dir": directory},
-        )
-        return trained.weights
 
-    straight = fit(1, 3, tmp_path / "straight")
-    for epochs, num_replicas in enumerate([1, 4, 2], start=1):
-        moved = fit(num_replicas, epochs, tmp_path / "moved")
-    support.assert_close(moved, straight)
+def test_numbers_that_keras_adds_to_names_do_not_matter(tmp_path):
+    """As in a notebook that makes the same model twice."""
+    models = [support.make_mlp() for _ in range(2)]
+    assert models[0].variables[0].path != models[1].variables[0].path
+    groups = [{"model": model.variables} for model in models]
+    with Checkpointer(tmp_path, groups[0]) as checkpointer:
+        checkpointer.save(1)
+    with Checkpointer(tmp_path, groups[1]) as checkpointer:
+        checkpointer.restore()
+    for one, other in zip(*(m.get_weights() for m in models), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_fits_can_be_restored_and_the_rest_is_named(tmp_path, caplog):
+    saved = make_group([2], [3], names=["body", "head"])
+    saved["model"][0].assign([8.0, 9.0])
+    with Checkpointer(tmp_path, saved) as checkpointer:
+        checkpointer.save(1)
+    other = make_group([7], [2], names=["head", "body"])
+    with (
+        caplog.at_level(logging.WARNING),
+        Checkpointer(tmp_path, other) as checkpointer,
+    ):
+        restored = checkpointer.restore(strict=False)
+    assert other["model"][1].numpy().tolist() == [8.0, 9.0]
+    assert other["model"][0].numpy().tolist() == [1.0] * 7
+    assert any("head [7]" in line for line in restored.left_out)
+    assert "not restored" in caplog.text
+    assert "head [3]" in caplog.text
+
+
+# ------------------------------------------------------------------ replicas
 
 
 @pytest.mark.parametrize(("saved", "restored"), [(4, 4), (4, 2), (1, 2)])
@@ -97,10 +246,13 @@ def test_metrics_under_way_move_to_any_number_of_replicas(
     tmp_path, saved, restored
 ):
     def make(num_replicas):
-        with support.make_strategy(num_replicas).scope():
+        with support.make_strategy(num_replicas).scope() as _:
             metric = keras.metrics.Mean()
         return metric, Checkpointer(
-            tmp_path, {}, per_replica=metric.variables, counters=["step"]
+            tmp_path,
+            {},
+            summed=metric.variables,
+            strategy=support.make_strategy(num_replicas),
         )
 
     metric, checkpointer = make(saved)
@@ -109,35 +261,45 @@ def test_metrics_under_way_move_to_any_number_of_replicas(
     ):
         for copy, value in zip(copies, (0.1 + index, 1.0 + index), strict=True):
             copy.assign(value)
-    checkpointer.save(1, {"step": 1})
+    with checkpointer:
+        checkpointer.save(1)
     other, checkpointer = make(restored)
-    checkpointer.restore()
+    with checkpointer:
+        has_same = checkpointer.restore().has_same_replicas
+    assert has_same == (saved == restored)
     assert float(other.result()) == pytest.approx(float(metric.result()))
-    if saved == restored:
+    if has_same:
         for one, two in zip(other.variables, metric.variables, strict=True):
             assert support.local_copies(one) == support.local_copies(two)
 
 
+@pytest.mark.parametrize(("saved", "restored"), [(2, 2), (2, 4)])
+def test_random_states_come_back_to_their_replica_or_from_the_first(
+    tmp_path, saved, restored
+):
+    def make(num_replicas):
+        strategy = support.make_strategy(num_replicas)
+        with strategy.scope():
+            seed = keras.random.SeedGenerator(3)
+        return seed.state, Checkpointer(
+            tmp_path, {}, per_replica=[seed.state], strategy=strategy
+        )
+
+    state, checkpointer = make(saved)
+    for index, copy in enumerate(copies_of(state)):
+        copy.assign([index, 10 + index])
+    with checkpointer:
+        checkpointer.save(1)
+    state, checkpointer = make(restored)
+    with checkpointer:
+        checkpointer.restore()
+    values = [copy.numpy().tolist() for copy in copies_of(state)]
+    expected = [[0, 10], [1, 11]] if saved == restored else [[0, 10]] * restored
+    assert values == expected
+
+
 def copies_of(variable):
     return getattr(variable.value, "values", (variable.value,))
-
-
-def test_keeps_the_newest_and_returns_the_counters(tmp_path):
-    variable = keras.Variable([1.0, 2.0])
-    checkpointer = Checkpointer(
-        tmp_path, {"model": [variable]}, counters=["step"], max_to_keep=2
-    )
-    assert checkpointer.restore() is None
-    for step in (5, 6, 7):
-        variable.assign([float(step), 0.0])
-        checkpointer.save(step, {"step": step})
-    variable.assign([0.0, 0.0])
-    assert checkpointer.restore() == {"step": 7}
-    np.testing.assert_array_equal(variable, [7.0, 0.0])
-    assert sorted(path.stem for path in tmp_path.glob("*.index")) == [
-        "ckpt-6",
-        "ckpt-7",
-    ]
 
 
 if __name__ == "__main__":

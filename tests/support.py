@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 
 import dist_amp
+from dist_amp import random_state, strategy
 
 NUM_LOGICAL_CPUS = 4
 NUM_REPLICAS = (1, 2, 4)
@@ -72,6 +73,15 @@ def local_copies(variable: keras.Variable) -> list[np.ndarray]:
     """A variable's value on each replica."""
     copies = getattr(variable.value, "values", (variable.value,))
     return [copy.numpy() for copy in copies]
+
+
+def local_copies_of_state(trainer: dist_amp.Trainer) -> list[tf.Variable]:
+    """Every replica's random states."""
+    return [
+        copy
+        for variable in random_state.variables_of(trainer.model)
+        for copy in strategy.local_copies(variable)
+    ]
 
 
 def read(variables: Iterable[keras.Variable]) -> list[np.ndarray]:

@@ -1,0 +1,334 @@
+"""Looks into the checkpoints of a run.
+
+  python -m launch.checkpoints ls RUN_DIR        what is there, in what state
+  python -m launch.checkpoints verify RUN_DIR    compares every checksum
+  python -m launch.checkpoints diff RUN_DIR A B  what differs between two steps
+  python -m launch.checkpoints export RUN_DIR    weights to a file
+  python -m launch.checkpoints average RUN_DIR   the average of some, to a file
+
+RUN_DIR is a run's folder, or one of checkpoints. A and B are steps, or whole
+checkpoints of other runs; without them the newest two are compared. A file is
+read by `launch.train --initial_weights=FILE`.
+"""
+
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from absl import flags
+
+from launch.quiet import start_tensorflow
+
+if TYPE_CHECKING:
+    from dist_amp.storage import Manifest
+
+_FLAGS = """
+Flags:
+  --step
+      The checkpoint to export. Default: the newest.
+  --steps
+      Checkpoints to average, as 100,200. Default: all.
+  --output
+      export, average: FILE.safetensors, or FILE.keras with the model itself.
+  --all
+      export: the optimizer's variables too (.safetensors only).
+"""
+
+
+def run() -> None:
+    """Entry point of the console command; never returns."""
+    sys.exit(main(sys.argv))
+
+
+def main(argv: list[str]) -> int:
+    """Does what the first argument says; returns the exit status."""
+    flags.DEFINE_boolean("help", False, "", short_name="h")
+    flags.DEFINE_integer("step", None, "")
+    flags.DEFINE_list("steps", [], "")
+    flags.DEFINE_string("output", None, "")
+    flags.DEFINE_boolean("all", False, "")
+    try:
+        _, *arguments = flags.FLAGS(argv)
+        if flags.FLAGS.help or not arguments:
+            print(__doc__ + _FLAGS)
+            return 0 if flags.FLAGS.help else 2
+        name, *rest = arguments
+        if name not in _COMMANDS or not rest:
+            raise ValueError(
+                f"{' '.join(arguments)!r} is not one of "
+                f"{', '.join(_COMMANDS)} and a run's folder; see --help."
+            )
+        start_tensorflow()
+        return _COMMANDS[name](*rest)
+    except (flags.Error, OSError, TypeError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+# ------------------------------------------------------------------- commands
+
+
+def _list(run_dir: str) -> int:
+    from dist_amp.callbacks import TRAIN_ONLY
+    from dist_amp.checkpoint import readable_size
+
+    rows, total = [], 0
+    for path in _find(run_dir):
+        manifest, problem = _read(path, is_thorough=False)
+        if manifest is None:
+            rows.append([path.rpartition("/")[2], "", "", "", problem, ""])
+            continue
+        total += manifest.num_bytes
+        rows.append(
+            [
+                path.rpartition("/")[2],
+                str(_epoch_of(path)),
+                readable_size(manifest.num_bytes),
+                time.strftime(
+                    "%Y-%m-%d %H:%M", time.localtime(manifest.created)
+                ),
+                "whole" if manifest.is_finite else "whole, holds NaN or inf",
+                " ".join(
+                    f"{n} {v:.4g}"
+                    for n, v in manifest.metrics.items()
+                    if n not in TRAIN_ONLY
+                ),
+            ]
+        )
+    _print_table(
+        ["checkpoint", "epochs", "size", "saved", "state", "results"], rows
+    )
+    print(f"{len(rows)} checkpoints, {readable_size(total)} in all")
+    return 0
+
+
+def _verify(run_dir: str) -> int:
+    from dist_amp import storage
+
+    problems = 0
+    for path in _find(run_dir):
+        _, problem = _read(path, is_thorough=True)
+        print(f"{path}: {problem or 'whole'}")
+        problems += problem not in ("", _CUT_SHORT)
+    for path in storage.find_damaged(_folder_of(run_dir)):
+        print(f"{path}: set aside as damaged")
+        problems += 1
+    return 1 if problems else 0
+
+
+def _diff(run_dir: str, *which: str) -> int:
+    import numpy as np
+
+    from dist_amp import storage
+
+    paths = [_path_of(run_dir, one) for one in which] or _find(run_dir)[-2:]
+    if len(paths) != 2:
+        raise ValueError(f"two checkpoints are compared. Received {paths}.")
+    one, other = (storage.read_tensors(path) for path in paths)
+    names = sorted({*one, *other})
+    num_different, rows = 0, []
+    for name in names:
+        a, b = one.get(name), other.get(name)
+        if a is None or b is None:
+            rows.append([name, f"only in {paths[a is None]}", "", ""])
+        elif (a.shape, a.dtype) != (b.shape, b.dtype):
+            shown = f"{a.dtype}{list(a.shape)} {b.dtype}{list(b.shape)}"
+            rows.append([name, shown, "", ""])
+        elif a.tobytes() != b.tobytes():
+            difference = np.abs(a.astype("float64") - b.astype("float64"))
+            relative = difference.mean() / (
+                np.abs(a.astype("float64")).mean() or 1.0
+            )
+            rows.append(
+                [name, "", f"{difference.max():.3g}", f"{relative:.3g}"]
+            )
+    num_different = len(rows)
+    _print_table(["tensor", "", "largest difference", "mean, relative"], rows)
+    print(
+        f"{len(names) - num_different} of {len(names)} tensors are equal bit "
+        f"for bit in {paths[0]} and {paths[1]}"
+    )
+    for key, value in storage.read_state(paths[0]).items():
+        there = storage.read_state(paths[1]).get(key)
+        if isinstance(value, int | float | str) and value != there:
+            print(f"{key}: {str(value)[:60]} there, {str(there)[:60]} here")
+    return 1 if num_different else 0
+
+
+def _export(run_dir: str) -> int:
+    from dist_amp import storage
+
+    step = flags.FLAGS.step
+    path = _newest(run_dir) if step is None else _path_of(run_dir, str(step))
+    prefix = "" if flags.FLAGS.all else "model/"
+    _write(path, storage.read_tensors(path, prefix))
+    return 0
+
+
+def _average(run_dir: str) -> int:
+    """Integers and random states are those of the last one."""
+    import numpy as np
+
+    from dist_amp import storage
+
+    steps = flags.FLAGS.steps
+    paths = [_path_of(run_dir, step) for step in steps] or _whole(run_dir)
+    if len(paths) < 2:
+        raise ValueError(f"there must be two or more. Received {paths}.")
+    total: dict[str, Any] = {}
+    for path in paths:
+        tensors = storage.read_tensors(path, "model/")
+        if total and tensors.keys() != total.keys():
+            raise ValueError(f"{path} is of another model than {paths[0]}.")
+        for name, tensor in tensors.items():
+            is_float = "float" in tensor.dtype.name
+            before = total.get(name, 0.0) if is_float else 0
+            value = tensor.astype("float64") if is_float else tensor
+            total[name] = before + value
+    last = storage.read_tensors(paths[-1], "model/")
+    averaged = {
+        name: (value / len(paths)).astype(last[name].dtype)
+        if "float" in last[name].dtype.name
+        else np.asarray(last[name])
+        for name, value in total.items()
+    }
+    _write(paths[-1], averaged)
+    print(f"the average of {', '.join(p.rpartition('/')[2] for p in paths)}")
+    return 0
+
+
+_COMMANDS = {
+    "ls": _list,
+    "verify": _verify,
+    "diff": _diff,
+    "export": _export,
+    "average": _average,
+}
+_CUT_SHORT = "cut short: no checkpoint"
+
+
+# -------------------------------------------------------------------- private
+
+
+def _folder_of(run_dir: str) -> str:
+    """Where the checkpoints are: in the folder, or in its `checkpoints`."""
+    from dist_amp import storage
+
+    inner = f"{run_dir.rstrip('/')}/checkpoints"
+    for folder in (inner, run_dir):
+        if storage.find(folder) or storage.find_damaged(folder):
+            return folder
+    raise ValueError(f"there is no checkpoint in {run_dir} or {inner}.")
+
+
+def _find(run_dir: str) -> list[str]:
+    from dist_amp import storage
+
+    return storage.find(_folder_of(run_dir))
+
+
+def _whole(run_dir: str) -> list[str]:
+    from dist_amp.checkpoint import whole_manifests
+
+    return list(whole_manifests(_folder_of(run_dir)))
+
+
+def _newest(run_dir: str) -> str:
+    whole = _whole(run_dir)
+    if not whole:
+        raise ValueError(f"there is no whole checkpoint in {run_dir}.")
+    return whole[-1]
+
+
+def _path_of(run_dir: str, which: str) -> str:
+    """A step of the run, or a checkpoint by its path."""
+    if not which.isdigit():
+        return which
+    paths = [
+        path
+        for path in _whole(run_dir)
+        if path.rpartition("/")[2].split(".")[0] == f"ckpt-{which}"
+    ]
+    if not paths:
+        found = ", ".join(p.rpartition("-")[2] for p in _whole(run_dir))
+        raise ValueError(f"there is no step {which}, but {found}.")
+    return paths[-1]
+
+
+def _read(path: str, *, is_thorough: bool) -> tuple["Manifest | None", str]:
+    """Its manifest, and what is wrong with it."""
+    from dist_amp import storage
+
+    read = storage.check if is_thorough else storage.read_manifest
+    try:
+        manifest = read(path)
+    except storage.DamagedError as error:
+        return None, f"damaged: {error}"
+    return manifest, "" if manifest else _CUT_SHORT
+
+
+def _epoch_of(path: str) -> int:
+    from dist_amp import storage
+
+    return storage.read_state(path).get("epoch", 0)
+
+
+def _write(path: str, tensors: dict[str, Any]) -> None:
+    """Weights to `--output`, as its ending says."""
+    from dist_amp import weights
+
+    output = flags.FLAGS.output or f"{path.rpartition('/')[2]}.safetensors"
+    suffix = pathlib.Path(output).suffix
+    if suffix == ".safetensors":
+        names = {name: _short(name) for name in tensors}
+        if len(set(names.values())) < len(names):
+            names = {name: name for name in tensors}
+        weights.save(output, {names[name]: t for name, t in tensors.items()})
+    elif suffix == ".keras":
+        _remake(path, tensors).save(output)
+    else:
+        raise ValueError(
+            f"--output must end in .safetensors or .keras. Received {output}."
+        )
+    print(f"{path} -> {output}")
+
+
+def _short(name: str) -> str:
+    """A variable's path, without group and place."""
+    group, _, path = name.split("/", maxsplit=2)
+    return path if group == "model" else f"{group}/{path}"
+
+
+def _remake(path: str, tensors: dict[str, Any]) -> Any:
+    """The model from what the checkpoint says of it, with these weights."""
+    import keras
+
+    from dist_amp import storage
+
+    text = storage.read_state(path).get("model")
+    if text is None:
+        raise ValueError(
+            "Keras cannot make this model from its configuration (a subclass "
+            "without get_config?): export to .safetensors, and read that "
+            "with --initial_weights or dist_amp.weights.load."
+        )
+    model = keras.models.model_from_json(text)
+    values = [t for n, t in sorted(tensors.items()) if n.startswith("model/")]
+    for variable, value in zip(model.variables, values, strict=True):
+        variable.assign(value)
+    return model
+
+
+def _print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [
+        max(map(len, column)) for column in zip(header, *rows, strict=True)
+    ]
+    for row in (header, *rows):
+        cells = (cell.ljust(w) for cell, w in zip(row, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+if __name__ == "__main__":
+    run()
