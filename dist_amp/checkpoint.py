@@ -56,6 +56,8 @@ class SavePolicy:
 
     Example:
     >>> policy = dist_amp.SavePolicy(every_minutes=10, keep_best="val_loss")
+    >>> policy.max_to_keep
+    3
     """
 
     every_epochs: int | None = 1
@@ -157,7 +159,7 @@ class Checkpointer:
     >>> directory = tempfile.mkdtemp()
     >>> with dist_amp.Checkpointer(directory, {"model": [weight]}) as saver:
     ...     saver.save(120, {"epoch": 3})
-    ...     weight.assign([0.0, 0.0])
+    ...     _ = weight.assign([0.0, 0.0])
     ...     restored = saver.restore()
     >>> restored.state["epoch"], weight.numpy().tolist()
     (3, [1.0, 2.0])

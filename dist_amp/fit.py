@@ -181,7 +181,7 @@ class Fit:
     def _finish(self, logs: dict[str, Any]) -> None:
         """Saves where training ended; averages the weights of a whole run."""
         if self._place() != self._saved_place:
-            self._save()
+            self._save(logs if self.is_finished else None)
         if self.is_finished:
             self._steps.optimizer.finalize_variable_values(
                 self._model.trainable_variables
@@ -216,6 +216,7 @@ class Fit:
                 rates = Rates(position.step_in_epoch, read["examples"])
             self._callbacks.on_train_batch_end(position.step_in_epoch - 1, logs)
             self._save_if_due()
+        self._check_weights()
         if not logs and position.step_in_epoch:
             # Resumed where an epoch ended: what is left to do is to validate.
             logs = rates.add_to(before, position.step_in_epoch)
@@ -229,8 +230,7 @@ class Fit:
         every = self._save_policy.every_steps
         if self._checkpointer and every:
             length = min(length, every - self.position.step % every)
-        here = (self._stream.epoch, self._stream.batch)
-        if self._search_end and here < self._search_end:
+        if self._is_searching:
             length = 1
         if self._model.stop_training:
             length = 0
@@ -238,6 +238,12 @@ class Fit:
             length, is_due=self._is_time_to_save()
         )
         return length
+
+    @property
+    def _is_searching(self) -> bool:
+        """Whether the batch of a blow-up is ahead: one update a call."""
+        here = (self._stream.epoch, self._stream.batch)
+        return self._search_end is not None and here < self._search_end
 
     def _call(self, num_steps: int, per_step: int) -> dict[str, Any] | None:
         try:
@@ -250,7 +256,7 @@ class Fit:
                 kind="nan",
                 first=max(0, batch - skipped),
                 end=batch + num_steps * per_step,
-                is_exact=num_steps == 1,
+                is_exact=self._is_searching,
             ) from error
 
     # --------------------------------------------------------------- saving
@@ -272,6 +278,7 @@ class Fit:
         steps = self._save_policy.every_steps
         is_step_due = bool(steps) and self.position.step % (steps or 1) == 0
         if is_step_due or self._is_save_due:
+            self._check_weights()
             self._save()
 
     def _save(self, logs: Mapping[str, Any] | None = None) -> None:
@@ -361,7 +368,7 @@ class Fit:
             f"within steps {self.position.step + 1} to "
             f"{self.position.step + num_steps} (epoch {self._stream.epoch + 1})"
         )
-        is_exact = num_steps == 1
+        is_exact = self._is_searching
         skips = isinstance(
             self._steps.optimizer, optimizer_lib.LossScaleOptimizer
         )
@@ -369,7 +376,7 @@ class Fit:
             message = f"The loss is NaN or infinite {where}. "
             message += blame(int(read["nonfinite_inputs"]))
             raise BlowUpError(message, kind="nan", is_exact=is_exact, **place)
-        if self._search_end and not _are_finite(self._model):
+        if self._is_searching and self._steps.broken_weights():
             message = f"The weights became NaN or infinite {where}."
             raise BlowUpError(message, kind="nan", is_exact=is_exact, **place)
         if self._rollback is None:
@@ -382,6 +389,22 @@ class Fit:
             message = f"The loss jumped to {loss:.4g} {where}."
             raise BlowUpError(message, kind="spike", is_exact=True, **place)
         self.position.recent_losses = [*recent, loss][-NUM_RECENT:]
+
+    def _check_weights(self) -> None:
+        """A layer like ReLU can hide NaN from the loss: look at them too."""
+        broken = self._steps.broken_weights()
+        if not broken:
+            return
+        raise BlowUpError(
+            f"The weights are NaN or infinite after step {self.position.step} "
+            f"(epoch {self._stream.epoch + 1}), though the loss is not: "
+            f"{', '.join(broken)}. Look for NaN in the data, or try a lower "
+            "learning rate, `global_clipnorm`, or float32.",
+            kind="nan",
+            first=0,
+            end=self._stream.batch,
+            is_exact=False,
+        )
 
     def _go_back(self, error: BlowUpError) -> None:
         """To the last good checkpoint, past the batches that did it."""
@@ -441,13 +464,6 @@ def blame(bad_inputs: int) -> str:
     return (
         "The input is finite, so the model or the learning rate is the "
         "cause: try a lower learning rate, `global_clipnorm`, or float32."
-    )
-
-
-def _are_finite(model: keras.Model) -> bool:
-    return all(
-        bool(tf.reduce_all(tf.math.is_finite(variable)))
-        for variable in model.trainable_variables
     )
 
 

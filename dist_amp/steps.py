@@ -57,6 +57,15 @@ class Steps:
             else self.compute_gradients
         )
 
+        self._are_finite = tf.function(self._finite_flags)
+
+    def _finite_flags(self) -> tf.Tensor:
+        flags = [
+            tf.reduce_all(tf.math.is_finite(tf.convert_to_tensor(variable)))
+            for variable in self.model.trainable_variables
+        ]
+        return tf.stack(flags)
+
     # ---------------------------------------------------- in each replica
 
     def train_step(self, batch: Batch) -> None:
@@ -166,6 +175,18 @@ class Steps:
     def spread_seeds(self) -> None:
         """See `random_state.spread_seeds`."""
         random_state.spread_seeds(self.model, self.replica_ids[0])
+
+    def broken_weights(self) -> list[str]:
+        """Paths of trainable variables that hold NaN or infinity."""
+        variables = self.model.trainable_variables
+        if not variables:
+            return []
+        flags = self._are_finite().numpy()
+        return [
+            variable.path
+            for variable, is_finite in zip(variables, flags, strict=True)
+            if not is_finite
+        ]
 
     def _train_replica(self, batch: Batch) -> None:
         """The train step, and what must hold around any override of it."""

@@ -178,7 +178,11 @@ def test_remote_file_systems_are_written_as_local_ones():
 def make_group(*shapes, names=None):
     names = names or [f"layer_{index}" for index in range(len(shapes))]
     pairs = zip(shapes, names, strict=True)
-    return {"model": [keras.Variable(np.ones(s), name=n) for s, n in pairs]}
+    return {
+        "model": [
+            keras.Variable(np.ones(s, "float32"), name=n) for s, n in pairs
+        ]
+    }
 
 
 def test_another_model_is_an_error_that_lists_what_differs(tmp_path):

@@ -18,7 +18,7 @@ import dist_amp
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 MODULES = ["optimizer", "precision", "strategy", "trainer", "loss_scale"]
-MODULES += ["schedule"]
+MODULES += ["schedule", "checkpoint", "rollback"]
 
 
 def blocks(language):

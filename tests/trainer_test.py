@@ -341,6 +341,26 @@ def test_nan_in_float32_is_an_error_that_blames_the_data(num_replicas):
         fit(trainer, support.batched((x, y)))
 
 
+@pytest.mark.parametrize("num_replicas", support.NUM_REPLICAS)
+def test_nan_that_an_activation_hides_from_the_loss_is_found(num_replicas):
+    """On a CPU relu(NaN) is 0, so the loss stays finite while weights go."""
+
+    def make_model():
+        return keras.Sequential(
+            [
+                keras.Input((support.NUM_FEATURES,)),
+                keras.layers.Dense(8, activation="relu"),
+                keras.layers.Dense(support.NUM_CLASSES),
+            ]
+        )
+
+    x, y = support.make_arrays(24)
+    x[12] = np.nan
+    trainer = support.make_trainer(make_model, num_replicas=num_replicas)
+    with pytest.raises(FloatingPointError, match=r"NaN or infinite.*dense"):
+        fit(trainer, support.batched((x, y)))
+
+
 def test_divergence_in_float32_blames_the_model():
     trainer = support.make_trainer(
         make_optimizer=lambda: keras.optimizers.SGD(1e38)
