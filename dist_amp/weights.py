@@ -3,12 +3,15 @@
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import TypeVar
 
 import keras
 import numpy as np
 from safetensors import numpy as safetensors
 
 from dist_amp import strategy as strategy_lib
+
+_Value = TypeVar("_Value")
 
 SUFFIXES = (".keras", ".h5", ".safetensors")
 
@@ -20,8 +23,8 @@ def load(model: keras.Model, path: str) -> None:
         model: Of any strategy; every replica gets the weights.
         path: `.keras`, `.weights.h5` or `.h5` that Keras saved from a model
             of the same layers, or `.safetensors` with a tensor for each
-            variable, by its path or in Keras' order where paths differ only
-            in the numbers that Keras adds.
+            variable by its path. The model's own name, and the numbers that
+            Keras adds to layers' names, need not agree.
 
     Raises:
         ValueError: The file is of another kind, or of another model; the
@@ -40,20 +43,18 @@ def load(model: keras.Model, path: str) -> None:
             model.optimizer = optimizer
         return
     arrays = safetensors.load_file(path)
-    variables = {_plain(v.path): v for v in model.variables}
-    found = {_plain(name): array for name, array in arrays.items()}
-    if len(variables) != len(model.variables) or len(found) != len(arrays):
-        variables = {v.path: v for v in model.variables}
-        found = dict(arrays)
+    found = _canonical({n: a for n, a in arrays.items() if is_weight(n)})
+    variables = _canonical(
+        {v.path: v for v in model.variables if is_weight(v.path)}
+    )
     differences = _differences(found, variables)
     if differences:
         raise ValueError(
             f"{path} is of another model:\n  " + "\n  ".join(differences)
         )
     for name, variable in variables.items():
-        if name in found:
-            for copy in strategy_lib.local_copies(variable):
-                copy.assign(found[name])
+        for copy in strategy_lib.local_copies(variable):
+            copy.assign(found[name])
 
 
 def save(path: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -77,24 +78,51 @@ def _suffix_of(path: str) -> str:
     return suffix
 
 
-def _plain(path: str) -> str:
-    """A variable's path without the numbers that Keras adds to names."""
-    return re.sub(r"_\d+", "", path)
+def is_weight(name: str) -> bool:
+    """Whether a variable of that path is no random state."""
+    return not name.endswith("seed_generator_state")
+
+
+def _canonical(values: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Renames: `sequential_3/dense_7/kernel` is `dense/kernel` anywhere.
+
+    Common first parts are dropped, and of the layers `dense_7`, `dense_9` of
+    one parent the first one becomes `dense`, the second one `dense_1`.
+    """
+    paths = {name: tuple(name.split("/")) for name in values}
+    while paths and all(len(path) > 1 for path in paths.values()):
+        if len({path[0] for path in paths.values()}) > 1:
+            break
+        paths = {name: path[1:] for name, path in paths.items()}
+    numbers: dict[tuple[str, ...], set[int]] = {}
+    for path in paths.values():
+        for depth, part in enumerate(path):
+            base, number = _split_number(part)
+            numbers.setdefault((*path[:depth], base), set()).add(number)
+
+    def rename(path: tuple[str, ...]) -> str:
+        parts = []
+        for depth, part in enumerate(path):
+            base, number = _split_number(part)
+            place = sorted(numbers[(*path[:depth], base)]).index(number)
+            parts.append(f"{base}_{place}" if place else base)
+        return "/".join(parts)
+
+    return {rename(path): values[name] for name, path in paths.items()}
+
+
+def _split_number(part: str) -> tuple[str, int]:
+    match = re.fullmatch(r"(.*)_(\d+)", part)
+    return (match[1], int(match[2])) if match else (part, -1)
 
 
 def _differences(
     found: Mapping[str, np.ndarray], variables: Mapping[str, keras.Variable]
 ) -> list[str]:
-    """Random states may be missing: they are no weights."""
     lines = [
         f"{name} {list(found[name].shape)} there, {list(v.shape)} here"
         for name, v in variables.items()
         if name in found and found[name].shape != tuple(v.shape)
     ]
     lines += [f"only there: {name}" for name in found if name not in variables]
-    lines += [
-        f"only here: {name}"
-        for name, variable in variables.items()
-        if name not in found and variable.name != "seed_generator_state"
-    ]
-    return lines
+    return lines + [f"only here: {n}" for n in variables if n not in found]

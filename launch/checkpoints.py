@@ -282,10 +282,14 @@ def _write(path: str, tensors: dict[str, Any]) -> None:
     output = flags.FLAGS.output or f"{path.rpartition('/')[2]}.safetensors"
     suffix = pathlib.Path(output).suffix
     if suffix == ".safetensors":
-        names = {name: _short(name) for name in tensors}
+        names = {
+            name: _short(name)
+            for name in tensors
+            if flags.FLAGS.all or weights.is_weight(name)
+        }
         if len(set(names.values())) < len(names):
-            names = {name: name for name in tensors}
-        weights.save(output, {names[name]: t for name, t in tensors.items()})
+            names = {name: name for name in names}
+        weights.save(output, {short: tensors[n] for n, short in names.items()})
     elif suffix == ".keras":
         _remake(path, tensors).save(output)
     else:

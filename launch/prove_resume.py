@@ -125,7 +125,7 @@ def _defaults(train_flags: Sequence[str], n: int) -> list[str]:
 def _run(arguments: Sequence[str]) -> str:
     """One run, of one worker or several; returns worker 0's errors and log."""
     num_workers = flags.FLAGS.num_workers
-    ports = _free_ports(num_workers)
+    ports = free_ports(num_workers)
     workers = [f"127.0.0.1:{port}" for port in ports]
     is_killed = any(a.startswith("--kill_at") for a in arguments)
     module = "launch.prove_resume" if is_killed else "launch.train"
@@ -170,7 +170,8 @@ def _environment(workers: Sequence[str], index: int) -> dict[str, str]:
     return {**os.environ, "TF_CONFIG": json.dumps(cluster)}
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on now."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
     ports = [one.getsockname()[1] for one in sockets]
     for one in sockets:

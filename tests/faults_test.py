@@ -189,6 +189,69 @@ def test_a_run_that_is_killed_while_it_saves_goes_on_from_whole_content(
     assert not storage.find_damaged(killed.directory)
 
 
+class Stopped(BaseException):
+    """Ends a thread on the spot, without any clean-up: nobody catches it."""
+
+
+FILE_OPERATIONS = (
+    (tf.io.gfile, "GFile"),
+    (tf.io.gfile, "makedirs"),
+    (tf.io.gfile, "remove"),
+    (tf.io.gfile, "rename"),
+    (tf.io.gfile, "rmtree"),
+    (tf.raw_ops, "SaveV2"),
+    (os, "fsync"),
+)
+
+
+def stop_before(monkeypatch, place):
+    """Raises in the place-th file operation from now on; returns a counter."""
+    done = []
+
+    def wrap(operation):
+        def wrapped(*arguments, **options):
+            done.append(operation)
+            if len(done) > place:
+                raise Stopped
+            return operation(*arguments, **options)
+
+        return wrapped
+
+    for module, name in FILE_OPERATIONS:
+        monkeypatch.setattr(module, name, wrap(getattr(module, name)))
+    return done
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)
+@pytest.mark.parametrize("step", [20, 30])
+def test_a_save_that_stops_between_any_two_operations_costs_nothing(
+    tmp_path, monkeypatch, step
+):
+    """Each place in turn, unlike the kills; step 20 is there already."""
+    values = []
+    for place in itertools.count():
+        directory = tmp_path / str(place)
+        saver, weight = save_steps(directory, 20, max_to_keep=1)
+        weight.assign([30, -30])
+        with saver, monkeypatch.context() as context:
+            done = stop_before(context, place)
+            saver.save(step, {"step": 30})
+            saver.wait()
+        with saver:
+            values.append(saver.restore().state["step"])
+            np.testing.assert_array_equal(weight, [values[-1], -values[-1]])
+            assert storage.find_damaged(str(directory)) == []
+            saver.save(40)
+        assert whole_steps(directory) == [40]
+        if len(done) <= place:  # it came to its end
+            break
+    assert values == sorted(values)  # 20 and, from the manifest on, 30
+    assert {*values} == {20, 30}
+    assert values.count(30) > 2  # deleting the old one is tried, too
+
+
 def test_a_run_that_was_killed_in_its_first_save_begins_anew(tmp_path):
     saver, _ = save_steps(tmp_path, 5)
     (tmp_path / "ckpt-5" / "manifest.json").unlink()
@@ -439,14 +502,20 @@ def test_an_old_checkpoint_that_cannot_be_deleted_costs_no_new_one(
 # --------------------------------------------------------------------- damage
 
 
-def save_steps(directory, *steps):
+def save_steps(directory, *steps, max_to_keep=3):
+    """Saves `[step, -step]`; returns the saver and its variable."""
     weight = keras.Variable([0.0, 0.0])
-    with Checkpointer(directory, {"model": [weight]}) as saver:
+    saver = Checkpointer(
+        directory,
+        {"model": [weight]},
+        policy=SavePolicy(max_to_keep=max_to_keep),
+    )
+    with saver:
         for step in steps:
             weight.assign([step, -step])
             saver.save(step, {"step": step})
     weight.assign([0.0, 0.0])
-    return Checkpointer(directory, {"model": [weight]}), weight
+    return saver, weight
 
 
 @pytest.mark.parametrize(
