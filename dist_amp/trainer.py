@@ -198,15 +198,6 @@ class Trainer(Steps):
             batches_per_step=self.optimizer.gradient_accumulation_steps or 1,
             steps_per_epoch=steps_per_epoch,
         )
-        callback_list = keras.callbacks.CallbackList(
-            [*callbacks, *self._progress(verbose)],
-            add_history=True,
-            model=self.model,
-            epochs=epochs,
-            steps=stream.steps_per_epoch,
-            verbose=0,
-        )
-        self._orient(callbacks)
         validation = self._prepare_test(validation_data, validation_steps)
         self.model.stop_training = False
         with contextlib.ExitStack() as stack:
@@ -217,7 +208,7 @@ class Trainer(Steps):
             self._fit = Fit(
                 self,
                 stream,
-                callback_list,
+                self._callback_list(callbacks, verbose, epochs, stream),
                 epochs=epochs,
                 pace=Pace(steps_per_loop),
                 stop=self._stop,
@@ -405,6 +396,25 @@ class Trainer(Steps):
                     "The learning rate is a schedule, which cannot be "
                     "lowered: pass `lower='nothing'` (--rollback_lower)."
                 ) from error
+
+    def _callback_list(
+        self,
+        callbacks: Sequence[keras.callbacks.Callback],
+        verbose: str | int,
+        epochs: int,
+        stream: Stream,
+    ) -> keras.callbacks.CallbackList:
+        """The user's, a progress line, and Keras' History."""
+        made = keras.callbacks.CallbackList(
+            [*callbacks, *self._progress(verbose)],
+            add_history=True,
+            model=self.model,
+            epochs=epochs,
+            steps=stream.steps_per_epoch,
+            verbose=0,
+        )
+        self._orient(callbacks)
+        return made
 
     def _orient(self, callbacks: Sequence[keras.callbacks.Callback]) -> None:
         """Tells callbacks that monitor a metric whether more is better.

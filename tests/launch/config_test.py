@@ -47,6 +47,24 @@ def test_defaults_are_the_tutorials_job():
             "--clipvalue contradicts --clipnorm",
         ),
         ({"momentum": 0.9}, "--momentum contradicts --optimizer=adam"),
+        ({"keep_checkpoints": 0}, "--keep_checkpoints must be positive"),
+        ({"save_every_epochs": -1}, "--save_every_epochs must not be"),
+        ({"max_minutes": 0.0}, "--max_minutes must be positive"),
+        ({"rollback_on": ("inf",)}, "--rollback_on must be of nan, spike"),
+        ({"rollback_factor": 1.0}, r"--rollback_factor must be in \(0, 1\)"),
+        (
+            {"rollback_lower": "learning_rate"},
+            "--rollback_lower contradicts no --rollback_on",
+        ),
+        (
+            {
+                "rollback_on": ("nan",),
+                "rollback_lower": "learning_rate",
+                "schedule": "cosine",
+            },
+            "--rollback_lower contradicts --schedule",
+        ),
+        ({"initial_weights": "a.pt"}, "--initial_weights must end in .keras"),
         ({"ema": 1.0}, r"--ema must be in \[0, 1\)"),
         ({"ema_overwrite_frequency": 5}, "pass --ema"),
         ({"weight_decay": -0.1}, "--weight_decay must not be negative"),
@@ -90,23 +108,26 @@ def test_a_folder_with_other_settings_is_refused(tmp_path):
     before = TrainConfig(seed=1)
     run_dir = RunDir(str(tmp_path))
     run_dir.check(before)
-    run_dir.prepare(before)
     run_dir.write_config(before)
-    run_dir.checkpoints.mkdir()
-    (run_dir.checkpoints / "checkpoint").touch()
+    run_dir.check(TrainConfig(seed=2))  # there is nothing to go on from
+    checkpoint = tmp_path / "checkpoints" / "ckpt-1"
+    checkpoint.mkdir(parents=True)
+    (checkpoint / "manifest.json").touch()
     run_dir.check(dataclasses.replace(before, epochs=9))
     with pytest.raises(ConfigError, match="--seed=1 there, 2 here"):
         run_dir.check(TrainConfig(seed=2))
 
 
-def test_never_resuming_moves_the_earlier_run_aside(tmp_path):
+def test_an_earlier_run_is_moved_aside(tmp_path):
     run_dir = RunDir(str(tmp_path / "run"))
-    config = TrainConfig(resume="never")
-    assert run_dir.prepare(config) is None
-    run_dir.metrics.touch()
-    moved = run_dir.prepare(config)
-    assert (moved / "metrics.jsonl").exists()
-    assert not run_dir.metrics.exists()
+    assert run_dir.move_aside() is None
+    for number in (1, 2):
+        run_dir.path.mkdir()
+        run_dir.metrics.touch()
+        moved = run_dir.move_aside()
+        assert moved == tmp_path / f"run.{number}"
+        assert (moved / "metrics.jsonl").exists()
+        assert not run_dir.path.exists()
 
 
 def test_a_must_resume_needs_a_checkpoint(tmp_path):
