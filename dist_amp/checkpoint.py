@@ -5,9 +5,11 @@ for, and a thread writes them (`storage` says how). Every worker takes part;
 only the chief writes.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
+import json
 import logging
 import re
 import threading
@@ -181,7 +183,7 @@ class Checkpointer:
         self._is_chief = strategy_lib.task_index(self._strategy) == 0
         self._variables = _keyed(groups)
         self._stacks = _keyed({_SUMMED: summed, _PER_REPLICA: per_replica})
-        self._lock: Any = None
+        self._lock = contextlib.ExitStack()
         self._thread: threading.Thread | None = None
         self._num_saves = 0
         self.error: Exception | None = None
@@ -193,8 +195,7 @@ class Checkpointer:
 
     def __exit__(self, *exception: Any) -> None:
         self.wait()
-        if self._lock is not None:
-            self._lock.__exit__(*exception)
+        self._lock.close()
 
     # ---------------------------------------------------------------- saving
 
@@ -235,6 +236,7 @@ class Checkpointer:
             "num_replicas": self._strategy.num_replicas_in_sync,
             "versions": versions(),
         }
+        content = json.loads(json.dumps(content))  # as it is now
         self._num_saves += 1
         if self._is_chief:
             self._thread = threading.Thread(
@@ -304,11 +306,11 @@ class Checkpointer:
     # ---------------------------------------------------------------- private
 
     def _open(self) -> int:
-        lock = storage.lock(self.directory)
-        lock.__enter__()
-        self._lock = lock
-        manifests = whole_manifests(self.directory)
-        self._num_saves = max((m.number for m in manifests.values()), default=0)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(storage.lock(self.directory))
+            manifests = whole_manifests(self.directory).values()
+            self._num_saves = max((m.number for m in manifests), default=0)
+            self._lock = stack.pop_all()
         return 0
 
     def _snapshot(self) -> dict[str, tf.Tensor]:
@@ -348,11 +350,15 @@ class Checkpointer:
                     number=self._num_saves,
                     metrics=metrics,
                 )
-            self.error = None
-            _log.debug("saved %s: %s", path, readable_size(manifest.num_bytes))
-            self._prune()
         except Exception as error:  # in a thread of its own: it must be heard
             self._report(step, path, error)
+            return
+        self.error = None
+        _log.debug("saved %s: %s", path, readable_size(manifest.num_bytes))
+        try:
+            self._prune()
+        except Exception as error:
+            _log.warning("old checkpoints are not deleted: %s", _brief(error))
 
     def _report(self, step: int, path: str, error: Exception) -> None:
         self.error = error
@@ -361,7 +367,7 @@ class Checkpointer:
             "checkpoints before it remain, and the next save will be tried.",
             step,
             self.directory,
-            str(error).splitlines()[0],
+            _brief(error),
         )
         try:
             storage.remove(path)  # gives its room back to a full disk
@@ -370,10 +376,14 @@ class Checkpointer:
 
     def _prune(self) -> None:
         """Deletes what the policy does not keep, and what was cut short."""
-        whole = whole_manifests(self.directory)
-        kept = {m.number for m in self._policy.kept(list(whole.values()))}
-        for path in storage.find(self.directory):
-            if path not in whole or whole[path].number not in kept:
+        found = {p: _examine(p) for p in storage.find(self.directory)}
+        whole = [m for m in found.values() if isinstance(m, Manifest)]
+        kept = self._policy.kept(whole)
+        for path, manifest in found.items():
+            is_old = manifest in whole and manifest not in kept
+            if isinstance(manifest, storage.DamagedError):
+                _set_aside(path, manifest)
+            elif manifest is None or is_old:
                 storage.remove(path)
 
     def _discard_after(self, step: int) -> int:
@@ -384,22 +394,21 @@ class Checkpointer:
 
     def _newest_usable(self, only_finite: bool) -> int:
         """Its place in the folder, after damaged ones were set aside."""
-        paths = storage.find(self.directory)
-        for path in reversed(paths):
+        unreadable: Exception | None = None
+        for path in reversed(storage.find(self.directory)):
             try:
                 manifest = storage.check(path)
             except storage.DamagedError as error:
-                aside = storage.set_aside(path)
-                _log.warning(
-                    "the checkpoint %s is damaged: %s. It is set aside as %s, "
-                    "and the one before it is used.",
-                    path,
-                    error,
-                    aside,
-                )
+                _set_aside(path, error)
+                continue
+            except storage.IO_ERRORS as error:
+                unreadable = error
+                _log.warning("%s cannot be read: %s", path, _brief(error))
                 continue
             if manifest is not None and (manifest.is_finite or not only_finite):
                 return storage.find(self.directory).index(path)
+        if unreadable is not None:
+            raise unreadable
         damaged = storage.find_damaged(self.directory)
         if damaged:
             raise storage.DamagedError(
@@ -456,9 +465,18 @@ class Checkpointer:
             for key, array in saved.items()
         ]
         wanted = [_describe(k, v.shape, v.dtype) for k, v in here.items()]
-        differences = _differences(there, wanted)
+        places = _pair_up(there, wanted)
+        keys, keys_there = list(here), list(saved)
+        pairs = {keys[new]: keys_there[old] for old, new in places.items()}
+        only_there = [x for i, x in enumerate(there) if i not in places]
+        is_paired = set(places.values())
+        only_here = [x for i, x in enumerate(wanted) if i not in is_paired]
+        differences = [
+            *(f"only there: {line}" for line in only_there),
+            *(f"only here: {line}" for line in only_here),
+        ]
         if not differences:
-            return dict(zip(here, saved, strict=True)), []
+            return pairs, []
         text = "\n".join(f"  {line}" for line in differences[:_MAX_SHOWN])
         if len(differences) > _MAX_SHOWN:
             text += f"\n  and {len(differences) - _MAX_SHOWN} more"
@@ -469,17 +487,7 @@ class Checkpointer:
                 "in a new folder (--run_dir, --resume=never)."
             )
         _log.warning("not restored from %s:\n%s", path, text)
-        by_name = {_without_place(key): key for key in saved}
-        pairs = {
-            key: by_name[_without_place(key)]
-            for key, variable in here.items()
-            if _without_place(key) in by_name
-        }
-        return {
-            key: there
-            for key, there in pairs.items()
-            if saved[there].shape[_num_stacked(key) :] == tuple(here[key].shape)
-        }, differences
+        return pairs, differences
 
     def _assign(
         self, tensors: Mapping[str, np.ndarray], pairs: Mapping[str, str]
@@ -518,15 +526,32 @@ def readable_size(num_bytes: float) -> str:
 
 def whole_manifests(directory: str) -> dict[str, Manifest]:
     """The manifest of each checkpoint that has one, by path, oldest first."""
-    found = {}
-    for path in storage.find(directory):
-        try:
-            manifest = storage.read_manifest(path)
-        except storage.DamagedError:
-            continue
-        if manifest is not None:
-            found[path] = manifest
-    return found
+    found = {path: _examine(path) for path in storage.find(directory)}
+    return {p: m for p, m in found.items() if isinstance(m, Manifest)}
+
+
+def _examine(path: str) -> Manifest | Exception | None:
+    """The manifest, None for a save that was cut short, or what is wrong."""
+    try:
+        return storage.read_manifest(path)
+    except (storage.DamagedError, *storage.IO_ERRORS) as error:
+        return error
+
+
+def _set_aside(path: str, error: Exception) -> None:
+    aside = storage.set_aside(path)
+    _log.warning(
+        "the checkpoint %s is damaged: %s. It is set aside as %s, and the one "
+        "before it is used.",
+        path,
+        error,
+        aside,
+    )
+
+
+def _brief(error: Exception) -> str:
+    """The first line of an error, or its kind if it says nothing."""
+    return (str(error).splitlines() or [repr(error)])[0]
 
 
 def _keyed(groups: Mapping[str, Sequence[Variable]]) -> dict[str, Variable]:
@@ -555,18 +580,25 @@ def _describe(key: str, shape: Iterable[int], dtype: Any) -> str:
     return f"{_without_place(key).replace('/', ': ', 1)} {shown}"
 
 
-def _differences(saved: Sequence[str], here: Sequence[str]) -> list[str]:
-    """Lines that only one side has, numbers that Keras adds to names aside."""
+def _pair_up(saved: Sequence[str], here: Sequence[str]) -> dict[int, int]:
+    """Places there and here of equal lines, in order where that is possible.
+
+    Numbers that Keras adds to names are left aside.
+    """
     a, b = ([re.sub(r"_\d+", "", x) for x in side] for side in (saved, here))
     matcher = difflib.SequenceMatcher(None, a, b, autojunk=False)
-    lines = []
-    for tag, begin, end, begin_here, end_here in matcher.get_opcodes():
-        if tag != "equal":
-            lines += [f"only there: {line}" for line in saved[begin:end]]
-            lines += [
-                f"only here: {line}" for line in here[begin_here:end_here]
-            ]
-    return lines
+    places = {
+        block.a + offset: block.b + offset
+        for block in matcher.get_matching_blocks()
+        for offset in range(block.size)
+    }
+    free = sorted(set(range(len(b))) - set(places.values()))
+    for old in sorted(set(range(len(a))) - set(places)):  # moved past others
+        new = next((n for n in free if b[n] == a[old]), None)
+        if new is not None:
+            places[old] = new
+            free.remove(new)
+    return places
 
 
 def _first_local_replica(strategy: tf.distribute.Strategy) -> int:

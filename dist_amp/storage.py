@@ -46,6 +46,10 @@ class DamagedError(ValueError):
     """A checkpoint that is not what was written; the message says why."""
 
 
+class FormatError(ValueError):
+    """A checkpoint that another version of this library wrote."""
+
+
 class LockedError(OSError):
     """Another run writes to the same folder."""
 
@@ -116,12 +120,13 @@ def write(
     remove(path)
     tf.io.gfile.makedirs(path)
     names = sorted(tensors)
-    tf.raw_ops.SaveV2(
-        prefix=_join(path, _TENSORS),
-        tensor_names=names,
-        shape_and_slices=[""] * len(names),
-        tensors=[tensors[name] for name in names],
-    )
+    if names:
+        tf.raw_ops.SaveV2(
+            prefix=_join(path, _TENSORS),
+            tensor_names=names,
+            shape_and_slices=[""] * len(names),
+            tensors=[tensors[name] for name in names],
+        )
     content = {
         "state": state,
         "tensors": {
@@ -153,20 +158,24 @@ def read_manifest(path: str) -> Manifest | None:
 
     Raises:
         DamagedError: There is one and it is not what was written.
+        FormatError: It is of another version of the library.
+        OSError, tf.errors.OpError: It cannot be read.
     """
     file = _join(path, MANIFEST)
     if not tf.io.gfile.exists(file):
         return None
+    with tf.io.gfile.GFile(file, "rb") as stream:
+        text = stream.read()
     try:
-        content = json.loads(_read_text(file))
+        content = json.loads(text)
         fields = content["manifest"]
         is_whole = content["sha256"] == _digest_of(fields)
-    except (*IO_ERRORS, KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise DamagedError(f"{MANIFEST} cannot be read: {error!r}") from error
     if not is_whole:
         raise DamagedError(f"{MANIFEST} has another checksum than it says")
     if fields.pop("format") != _FORMAT:
-        raise DamagedError(f"{MANIFEST} is of another version of dist_amp")
+        raise FormatError(f"{path} is of another version of dist_amp.")
     return Manifest(**fields)
 
 
@@ -278,10 +287,11 @@ def lock(directory: str) -> Iterator[None]:
         LockedError: Another process, or this one, holds it.
         OSError: The folder cannot be written.
     """
-    tf.io.gfile.makedirs(directory)
     if not _is_local(directory):
+        tf.io.gfile.makedirs(directory)
         yield
         return
+    os.makedirs(directory, exist_ok=True)
     with open(pathlib.Path(directory, _LOCK), "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -372,4 +382,6 @@ def _flush(path: str) -> None:
 def _is_finite(tensor: tf.Tensor) -> bool:
     if not tensor.dtype.is_floating:
         return True
+    if tensor.dtype.size == 1:  # float8: no kernel
+        tensor = tf.cast(tensor, tf.float32)
     return bool(tf.reduce_all(tf.math.is_finite(tensor)))

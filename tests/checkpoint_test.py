@@ -157,6 +157,46 @@ def test_what_is_not_finite_can_be_passed_over(tmp_path):
         assert checkpointer.restore().step == 1
 
 
+def make_unreadable(path):
+    """What a network's failure looks like: it is there and cannot be read."""
+    (path / storage.MANIFEST).rename(path / "kept")
+    (path / storage.MANIFEST).mkdir()
+
+
+def test_what_cannot_be_read_is_left_alone(tmp_path, caplog):
+    save_steps(tmp_path, [1, 2])
+    make_unreadable(tmp_path / "ckpt-2")
+    variable = keras.Variable([0.0, 0.0], name="weight")
+    policy = SavePolicy(max_to_keep=1)
+    with Checkpointer(
+        tmp_path, {"model": [variable]}, policy=policy
+    ) as checkpointer:
+        assert checkpointer.restore().step == 1
+        assert "ckpt-2 cannot be read" in caplog.text
+        checkpointer.save(3)
+    names = {path.name for path in tmp_path.iterdir()} - {"lock"}
+    assert names == {"ckpt-2", "ckpt-3"}
+
+
+def test_nothing_but_the_unreadable_is_an_error(tmp_path):
+    save_steps(tmp_path, [1])
+    make_unreadable(tmp_path / "ckpt-1")
+    with (
+        Checkpointer(tmp_path, {}) as checkpointer,
+        pytest.raises(storage.IO_ERRORS),
+    ):
+        checkpointer.restore()
+
+
+def test_another_versions_format_is_an_error_and_stays(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(storage, "_FORMAT", 2)
+        save_steps(tmp_path, [1])
+    with pytest.raises(storage.FormatError, match="another version"):
+        save_steps(tmp_path, [2])
+    assert (tmp_path / "ckpt-1" / storage.MANIFEST).exists()
+
+
 def test_remote_file_systems_are_written_as_local_ones():
     """TensorFlow's own in-memory file system stands for gs://."""
     save_steps("ram://run/checkpoints", [1, 2, 3, 4], max_to_keep=2)

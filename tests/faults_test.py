@@ -444,22 +444,12 @@ def test_a_folder_that_cannot_be_written_is_told_before_training(read_only):
     assert read_only["steps"] == 0
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="storage.lock: gfile.makedirs raises no OSError",
-)
 def test_a_folder_that_cannot_be_made_is_an_os_error(read_only):
     kinds, message = read_only["new"]
     assert "Read-only" in message
     assert "OSError" in kinds
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=tf.errors.OpError,
-    reason="storage.lock: gfile.makedirs raises no OSError",
-)
 def test_a_file_in_the_place_of_the_folder_is_an_os_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(OSError, match="file"):
@@ -499,11 +489,6 @@ def test_what_is_deleted_in_part_is_no_checkpoint(undeletable):
     assert storage.MANIFEST not in told["old"]
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="Checkpointer._write: _prune fails, _report removes",
-)
 def test_an_old_checkpoint_that_cannot_be_deleted_costs_no_new_one(
     undeletable,
 ):
@@ -577,11 +562,6 @@ def test_nothing_is_started_anew_over_damaged_checkpoints(tmp_path):
     assert storage.find(str(tmp_path)) == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="Checkpointer._match: compares Keras' numbers",
-)
 def test_a_restore_that_is_not_strict_tells_all_that_it_left_out(tmp_path):
     def make_model(*units):
         layers = [keras.layers.Dense(number) for number in units]
@@ -792,11 +772,6 @@ def test_no_way_to_change_a_variable_reaches_a_save_under_way(
     np.testing.assert_array_equal(restored.arrays["array"], np.arange(10))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="Checkpointer.save: the thread makes the JSON",
-)
 def test_plain_values_are_saved_as_they_were_too(tmp_path, writer):
     variable, losses = tf.Variable([1.0]), [0.5]
     with Checkpointer(tmp_path, {"model": [variable]}) as saver:

@@ -86,7 +86,8 @@ def test_its_folder_holds_what_was_promised(default_run):
         "time",
     }
     assert list((run_dir / "tensorboard").rglob("events*"))
-    assert (run_dir / "checkpoints" / "checkpoint").exists()
+    checkpoints = run_dir / "checkpoints"
+    assert (checkpoints / "ckpt-225" / "manifest.json").exists()
 
 
 def test_its_model_loads_and_knows_the_digits(default_run, data_dir):
