@@ -104,6 +104,7 @@ class Fit:
         self._saved_at = time.monotonic()
         self._is_save_due = False
         self._search_end: tuple[int, int] | None = None
+        self._has_searched = False
 
     @property
     def is_finished(self) -> bool:
@@ -177,10 +178,22 @@ class Fit:
         every = self._save_policy.every_epochs
         if self._is_save_due or (every and self._stream.epoch % every == 0):
             self._save(logs)
+        best = self._save_policy.keep_best
+        if best and best not in logs:
+            raise ValueError(
+                f"`keep_best` must be one of {', '.join(logs)}. Received "
+                f"{best!r} (--keep_best)."
+            )
 
     def _finish(self, logs: dict[str, Any]) -> None:
         """Saves where training ended; averages the weights of a whole run."""
-        if self._place() != self._saved_place:
+        has_failed = False
+        if self._checkpointer:
+            self._checkpointer.wait()
+            has_failed = self._checkpointer.error is not None
+        is_behind = self._place() != self._saved_place
+        _, is_due = self._stop.agree(is_due=is_behind or has_failed)
+        if is_due:
             self._save(logs if self.is_finished else None)
         if self.is_finished:
             self._steps.optimizer.finalize_variable_values(
@@ -417,7 +430,10 @@ class Fit:
             raise error
         epoch, rollbacks = self._stream.epoch, self.position.rollbacks
         bad = list(self._stream.bad)
-        if error.is_exact:
+        # What did not happen again when it was searched for has no one batch.
+        is_known = error.is_exact or self._has_searched
+        self._has_searched = not is_known
+        if is_known:
             rollbacks += 1
             bad.append((epoch, error.first, error.end))
         else:
@@ -436,7 +452,7 @@ class Fit:
         self._lower(policy, rollbacks - self.position.rollbacks)
         self._stream.bad, self.position.rollbacks = bad, rollbacks
         what = "the batch that did it is searched for"
-        if error.is_exact:
+        if is_known:
             what = (
                 f"batches {error.first} to {error.end - 1} of epoch "
                 f"{epoch + 1} are passed over (rollback {rollbacks} of "

@@ -55,6 +55,10 @@ class Trainer(Steps):
         metrics: Names or `keras.metrics.Metric`s; see `MetricSet`.
         jit_compile: Whether XLA compiles the forward and backward pass.
 
+    Attributes:
+        run_info: Values that JSON can hold, say the settings of the run; they
+            go into each checkpoint.
+
     Raises:
         ValueError: Model and optimizer were not made in one scope.
 

@@ -353,6 +353,13 @@ def test_the_best_epoch_is_kept_by_the_metrics_own_direction(tmp_path):
     assert steps_in(tmp_path) == sorted({best, 12})
 
 
+def test_a_best_metric_that_there_is_not_is_an_error_after_an_epoch(tmp_path):
+    policy = dist_amp.SavePolicy(keep_best="val_f1")
+    with pytest.raises(ValueError, match="`keep_best` must be one of loss, "):
+        train(tmp_path, save_policy=policy)
+    assert steps_in(tmp_path) == [4]  # and the epoch is not lost
+
+
 def test_a_checkpoint_tells_what_it_is(tmp_path):
     trainer = support.make_trainer()
     trainer.run_info = {"learning_rate": 0.05}
