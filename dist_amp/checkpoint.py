@@ -11,6 +11,7 @@ import difflib
 import importlib.metadata
 import json
 import logging
+import math
 import re
 import threading
 import time
@@ -33,14 +34,15 @@ _SUMMED, _PER_REPLICA, _ARRAYS = "metrics", "per_replica", "arrays"
 _PACKAGES = ("tensorflow", "keras", "numpy")
 _MAX_SHOWN = 10
 _NOTHING, _FAILED = -1, -2
+_MAX_OF_A_STEP = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
 class SavePolicy:
     """When a run is saved, and which checkpoints are kept.
 
-    Whatever the policy, the newest whole checkpoint is kept, and a run that
-    is asked to stop is saved.
+    Whatever the policy, the newest checkpoint and the newest one without NaN
+    are kept, and a run that is asked to stop is saved.
 
     Attributes:
         every_epochs: Epochs between saves at their ends; None: never there.
@@ -54,7 +56,8 @@ class SavePolicy:
         keep_every: Each so many-th save is kept for ever.
 
     Raises:
-        ValueError: A number is not positive, or the mode is unknown.
+        ValueError: A number is not positive, the mode is unknown, or
+            `keep_best` would never meet the results of an epoch.
 
     Example:
     >>> policy = dist_amp.SavePolicy(every_minutes=10, keep_best="val_loss")
@@ -81,6 +84,12 @@ class SavePolicy:
             raise ValueError(
                 f"`mode` must be auto, min or max. Received {self.mode!r}."
             )
+        if self.keep_best and not self.every_epochs:
+            raise ValueError(
+                f"`keep_best={self.keep_best!r}` needs saves at epochs' ends, "
+                "where there are results: pass `every_epochs` "
+                "(--save_every_epochs)."
+            )
 
     def kept(self, manifests: Sequence[Manifest]) -> list[Manifest]:
         """Which of these checkpoints, oldest first, are not to be deleted."""
@@ -91,15 +100,20 @@ class SavePolicy:
             chosen |= {
                 m.number for m in distinct if m.number % self.keep_every == 0
             }
-        best = self.best(distinct)
-        if best is not None:
-            chosen.add(best.number)
+        finite = [m for m in distinct if m.is_finite]
+        for one in (self.best(distinct), *finite[-1:]):
+            if one is not None:
+                chosen.add(one.number)
         return [m for m in distinct if m.number in chosen]
 
     def best(self, manifests: Iterable[Manifest]) -> Manifest | None:
         """The first one that was best in `keep_best`; None if none has it."""
-        name = self.keep_best
-        rated = [m for m in manifests if name in m.metrics and m.is_finite]
+        name = self.keep_best or ""
+        rated = [
+            m
+            for m in manifests
+            if m.is_finite and math.isfinite(m.metrics.get(name, math.nan))
+        ]
         if not name or not rated:
             return None
         is_less = self.mode == "min" or (
@@ -181,15 +195,29 @@ class Checkpointer:
         self._policy = policy or SavePolicy()
         self._strategy = strategy or tf.distribute.get_strategy()
         self._is_chief = strategy_lib.task_index(self._strategy) == 0
+        reserved = {_SUMMED, _PER_REPLICA, _ARRAYS} & set(groups)
+        if reserved:
+            raise ValueError(
+                f"{sorted(reserved)} are names of this class's own groups; "
+                "name yours otherwise."
+            )
         self._variables = _keyed(groups)
         self._stacks = _keyed({_SUMMED: summed, _PER_REPLICA: per_replica})
         self._lock = contextlib.ExitStack()
         self._thread: threading.Thread | None = None
+        self._is_written = threading.Event()
         self._num_saves = 0
+        self._exempt: frozenset[str] = frozenset()
         self.error: Exception | None = None
         self.waited_secs = 0.0
 
     def __enter__(self) -> "Checkpointer":
+        # A mask of -inf is no sign of a broken run.
+        self._exempt = frozenset(
+            key
+            for key, variable in self._variables.items()
+            if not storage.is_finite(_host_copy(variable))
+        )
         self._on_chief(self._open)
         return self
 
@@ -236,7 +264,8 @@ class Checkpointer:
             "num_replicas": self._strategy.num_replicas_in_sync,
             "versions": versions(),
         }
-        content = json.loads(json.dumps(content))  # as it is now
+        # As it is now, whatever becomes of it while it is written.
+        content = json.loads(json.dumps(content, default=_to_plain))
         self._num_saves += 1
         if self._is_chief:
             self._thread = threading.Thread(
@@ -244,12 +273,16 @@ class Checkpointer:
                 name="checkpoint writer",
                 args=(step, tensors, content, dict(metrics or {})),
             )
+            self._is_written.clear()
             self._thread.start()
         self.waited_secs = time.monotonic() - begin
 
     def wait(self) -> None:
         """Returns when nothing is being written any more."""
         if self._thread is not None:
+            # Not `join` alone: one that Ctrl-C interrupts takes the thread
+            # for ended (Python 3.11), and the folder would be given up.
+            self._is_written.wait()
             self._thread.join()
             self._thread = None
 
@@ -280,10 +313,10 @@ class Checkpointer:
                 them are damaged.
         """
         self.wait()
-        place = self._on_chief(lambda: self._newest_usable(only_finite))
-        if place == _NOTHING:
+        key = self._on_chief(lambda: self._newest_usable(only_finite))
+        if key == _NOTHING:
             return None
-        path = self._on_every_worker(place)
+        path = self._on_every_worker(key)
         tensors = storage.read_tensors(path)
         state = storage.read_state(path)
         pairs, left_out = self._match(path, tensors, strict)
@@ -317,10 +350,7 @@ class Checkpointer:
         """Everything in host memory; a tensor that was read never changes."""
         tensors = {}
         for key, variable in self._variables.items():
-            with tf.device("CPU:0"):
-                tensors[key] = tf.identity(
-                    strategy_lib.local_copies(variable)[0]
-                )
+            tensors[key] = _host_copy(variable)
         for key, variable in self._stacks.items():
             values = [
                 tf.convert_to_tensor(c)
@@ -338,6 +368,21 @@ class Checkpointer:
         state: Mapping[str, Any],
         metrics: Mapping[str, float],
     ) -> None:
+        try:
+            if self._has_written(step, tensors, state, metrics):
+                self._prune()
+        except Exception as error:  # in a thread of its own: it must be heard
+            _log.warning("old checkpoints are not deleted: %s", _brief(error))
+        finally:
+            self._is_written.set()
+
+    def _has_written(
+        self,
+        step: int,
+        tensors: Mapping[str, tf.Tensor],
+        state: Mapping[str, Any],
+        metrics: Mapping[str, float],
+    ) -> bool:
         path = ""
         try:
             path = storage.new_path(self.directory, step)
@@ -349,16 +394,14 @@ class Checkpointer:
                     step=step,
                     number=self._num_saves,
                     metrics=metrics,
+                    judged=set(self._variables) - self._exempt,
                 )
-        except Exception as error:  # in a thread of its own: it must be heard
+        except Exception as error:  # likewise
             self._report(step, path, error)
-            return
+            return False
         self.error = None
         _log.debug("saved %s: %s", path, readable_size(manifest.num_bytes))
-        try:
-            self._prune()
-        except Exception as error:
-            _log.warning("old checkpoints are not deleted: %s", _brief(error))
+        return True
 
     def _report(self, step: int, path: str, error: Exception) -> None:
         self.error = error
@@ -393,7 +436,7 @@ class Checkpointer:
         return 0
 
     def _newest_usable(self, only_finite: bool) -> int:
-        """Its place in the folder, after damaged ones were set aside."""
+        """Its step and number as one integer; sets damaged ones aside."""
         unreadable: Exception | None = None
         for path in reversed(storage.find(self.directory)):
             try:
@@ -406,7 +449,8 @@ class Checkpointer:
                 _log.warning("%s cannot be read: %s", path, _brief(error))
                 continue
             if manifest is not None and (manifest.is_finite or not only_finite):
-                return storage.find(self.directory).index(path)
+                step, number = storage.key_of(path)
+                return step * _MAX_OF_A_STEP + number
         if unreadable is not None:
             raise unreadable
         damaged = storage.find_damaged(self.directory)
@@ -418,19 +462,20 @@ class Checkpointer:
             )
         return _NOTHING
 
-    def _on_every_worker(self, place: int) -> str:
-        """The checkpoint's path, if all workers see the same one."""
-        paths = storage.find(self.directory)
-        step = storage.step_of(paths[place]) if place < len(paths) else _FAILED
-        steps = strategy_lib.gather_workers(self._strategy, [step])[:, 0]
-        blind = [index for index, s in enumerate(steps) if s != steps[0]]
+    def _on_every_worker(self, key: int) -> str:
+        """The checkpoint's path, if all workers see it."""
+        step, number = divmod(key, _MAX_OF_A_STEP)
+        path = storage.path_of(self.directory, step, number)
+        sees = not isinstance(_examine(path), Exception | None)
+        all_see = strategy_lib.gather_workers(self._strategy, [sees])[:, 0]
+        blind = [index for index, one in enumerate(all_see) if not one]
         if blind:
             raise OSError(
-                f"Workers {blind} do not see the checkpoint of step "
-                f"{steps[0]} in {self.directory} that worker 0 sees: it must "
-                "be on storage that all workers share (--run_dir)."
+                f"Workers {blind} do not see the checkpoint {path} that "
+                "worker 0 sees: it must be on storage that all workers share "
+                "(--run_dir)."
             )
-        return paths[place]
+        return path
 
     def _on_chief(self, action: Callable[[], int]) -> int:
         """The chief's result on every worker; its failure is everybody's."""
@@ -541,12 +586,18 @@ def _examine(path: str) -> Manifest | Exception | None:
 def _set_aside(path: str, error: Exception) -> None:
     aside = storage.set_aside(path)
     _log.warning(
-        "the checkpoint %s is damaged: %s. It is set aside as %s, and the one "
-        "before it is used.",
+        "the checkpoint %s is damaged: %s. It is set aside as %s.",
         path,
         error,
         aside,
     )
+
+
+def _to_plain(value: Any) -> Any:
+    """NumPy's numbers as Python's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"JSON cannot hold {value!r} of {type(value).__name__}.")
 
 
 def _brief(error: Exception) -> str:
@@ -599,6 +650,12 @@ def _pair_up(saved: Sequence[str], here: Sequence[str]) -> dict[int, int]:
             places[old] = new
             free.remove(new)
     return places
+
+
+def _host_copy(variable: Variable) -> tf.Tensor:
+    """Replica 0's value in host memory; a tensor that was read stays as is."""
+    with tf.device("CPU:0"):
+        return tf.identity(strategy_lib.local_copies(variable)[0])
 
 
 def _first_local_replica(strategy: tf.distribute.Strategy) -> int:

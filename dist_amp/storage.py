@@ -21,7 +21,7 @@ import pathlib
 import re
 import socket
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -61,7 +61,8 @@ class Manifest:
     Attributes:
         step: Global step, updates attempted.
         number: How many checkpoints the run had saved, this one included.
-        is_finite: Whether every floating-point tensor is finite.
+        is_finite: Whether the variables that were finite when training began
+            still are.
         metrics: Results at the end of the epoch; empty within an epoch.
         created: Seconds since 1970, as the clock of the host told them.
         files: Size in bytes and SHA-256 of each file.
@@ -80,6 +81,11 @@ class Manifest:
         return sum(entry["size"] for entry in self.files.values())
 
 
+def path_of(directory: str, step: int, number: int = 0) -> str:
+    """The folder of a checkpoint; `number` tells those of a step apart."""
+    return _join(directory, f"ckpt-{step}" + (f".{number}" if number else ""))
+
+
 def new_path(directory: str, step: int) -> str:
     """A folder for a checkpoint of a step, beside any other of that step.
 
@@ -88,10 +94,10 @@ def new_path(directory: str, step: int) -> str:
     """
     same = [path for path in find(directory) if step_of(path) == step]
     if not same:
-        return _join(directory, f"ckpt-{step}")
+        return path_of(directory, step)
     if not tf.io.gfile.exists(_join(same[-1], MANIFEST)):
         return same[-1]  # cut short: its place is free
-    return _join(directory, f"ckpt-{step}.{_key_of(same[-1])[1] + 1}")
+    return path_of(directory, step, key_of(same[-1])[1] + 1)
 
 
 def write(
@@ -102,6 +108,7 @@ def write(
     step: int,
     number: int = 1,
     metrics: Mapping[str, float] | None = None,
+    judged: Collection[str] | None = None,
 ) -> Manifest:
     """Writes a checkpoint.
 
@@ -112,6 +119,8 @@ def write(
         step: See `Manifest`.
         number: See `Manifest`.
         metrics: See `Manifest`.
+        judged: Names of the tensors that `is_finite` speaks of; all by
+            default.
 
     Raises:
         OSError, tf.errors.OpError: The disk is full, or the like; what was
@@ -142,7 +151,11 @@ def write(
     manifest = Manifest(
         step=step,
         number=number,
-        is_finite=all(map(_is_finite, tensors.values())),
+        is_finite=all(
+            is_finite(tensor)
+            for name, tensor in tensors.items()
+            if judged is None or name in judged
+        ),
         metrics=dict(metrics or {}),
         created=time.time(),
         files=files,
@@ -236,7 +249,7 @@ def read_state(path: str) -> dict[str, Any]:
 def find(directory: str) -> list[str]:
     """The checkpoints of a folder by step, whole or not, oldest first."""
     names = filter(_NAME.match, _names_in(directory))
-    return [_join(directory, name) for name in sorted(names, key=_key_of)]
+    return [_join(directory, name) for name in sorted(names, key=key_of)]
 
 
 def find_damaged(directory: str) -> list[str]:
@@ -247,7 +260,7 @@ def find_damaged(directory: str) -> list[str]:
 
 def step_of(path: str) -> int:
     """The step in a checkpoint's name."""
-    return _key_of(path)[0]
+    return key_of(path)[0]
 
 
 def remove(path: str) -> None:
@@ -295,7 +308,11 @@ def lock(directory: str) -> Iterator[None]:
     with open(pathlib.Path(directory, _LOCK), "a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                _log.warning("%s cannot be locked: %s", directory, error)
+                yield
+                return
             file.seek(0)
             raise LockedError(
                 f"{directory} is in use by another run ({file.read().strip()})."
@@ -310,7 +327,7 @@ def lock(directory: str) -> Iterator[None]:
 # ------------------------------------------------------------------- private
 
 
-def _key_of(path: str) -> tuple[int, int]:
+def key_of(path: str) -> tuple[int, int]:
     """Step and number among those of the same step."""
     match = _NAME.search(path)
     if match is None:
@@ -379,7 +396,8 @@ def _flush(path: str) -> None:
         os.close(descriptor)
 
 
-def _is_finite(tensor: tf.Tensor) -> bool:
+def is_finite(tensor: tf.Tensor) -> bool:
+    """Whether a tensor of any dtype holds neither NaN nor infinity."""
     if not tensor.dtype.is_floating:
         return True
     if tensor.dtype.size == 1:  # float8: no kernel

@@ -1,6 +1,7 @@
 """The one place that builds a `tf.distribute.Strategy`."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -183,9 +184,29 @@ def gather_replicas(
     wire = tf.int64 if dtype.is_integer or dtype.is_bool else dtype
     local = iter(copies)
     values = strategy.experimental_distribute_values_from_function(
-        lambda context: tf.cast(next(local), wire)[tf.newaxis]
+        lambda context: tf.cast(next(local), wire)
     )
-    return tf.cast(strategy.gather(values, axis=0), dtype).numpy()
+    return tf.cast(_gather_function(strategy)(values), dtype).numpy()
+
+
+@functools.cache
+def _gather_function(strategy: tf.distribute.Strategy) -> Callable[..., Any]:
+    """Traced once a shape; `strategy.gather` would be at each call."""
+
+    def in_replica(value: tf.Tensor) -> tf.Tensor:
+        context = tf.distribute.get_replica_context()
+        rows = tf.range(strategy.num_replicas_in_sync)
+        is_mine = rows == context.replica_id_in_sync_group
+        is_mine = tf.reshape(is_mine, [-1, *[1] * value.shape.rank])
+        mine = tf.where(is_mine, value[tf.newaxis], tf.zeros_like(value))
+        return context.all_reduce(tf.distribute.ReduceOp.SUM, mine)
+
+    @tf.function
+    def gather(values: Any) -> tf.Tensor:
+        results = strategy.run(in_replica, args=(values,))
+        return strategy.experimental_local_results(results)[0]
+
+    return gather
 
 
 def gather_workers(

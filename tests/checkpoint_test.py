@@ -1,6 +1,8 @@
 """Checkpointer and SavePolicy: what is kept, matched, restored, refused."""
 
 import logging
+import os
+import subprocess
 import sys
 
 import keras
@@ -61,14 +63,23 @@ def test_the_best_is_kept(name, mode, best):
     assert kept(policy, manifests) == [best, 5]
 
 
-def test_a_checkpoint_with_nan_is_never_the_best():
+@pytest.mark.parametrize("mode", ["min", "max"])
+def test_a_checkpoint_or_a_result_with_nan_is_never_the_best(mode):
     manifests = [
-        manifest(1, val_loss=1.0),
-        manifest(2, is_finite=False, val_loss=0.0),
-        manifest(3, val_loss=2.0),
+        manifest(1, val_loss=float("nan")),
+        manifest(2, val_loss=1.0),
+        manifest(3, is_finite=False, val_loss=0.0),
+        manifest(4, is_finite=False, val_loss=9.0),
+        manifest(5),
     ]
-    policy = SavePolicy(max_to_keep=1, keep_best="val_loss")
-    assert kept(policy, manifests) == [1, 3]
+    policy = SavePolicy(max_to_keep=1, keep_best="val_loss", mode=mode)
+    assert kept(policy, manifests) == [2, 5]
+
+
+def test_the_newest_that_is_finite_is_always_kept():
+    """It is what a rollback goes back to."""
+    manifests = [manifest(n, is_finite=n < 3) for n in range(1, 6)]
+    assert kept(SavePolicy(max_to_keep=2), manifests) == [2, 4, 5]
 
 
 def test_of_two_checkpoints_of_a_step_the_later_one_is_kept():
@@ -79,7 +90,12 @@ def test_of_two_checkpoints_of_a_step_the_later_one_is_kept():
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_to_keep": 0}, {"every_minutes": -1.0}, {"mode": "most"}],
+    [
+        {"max_to_keep": 0},
+        {"every_minutes": -1.0},
+        {"mode": "most"},
+        {"keep_best": "loss", "every_epochs": None},
+    ],
 )
 def test_a_policy_out_of_range_is_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
@@ -155,6 +171,56 @@ def test_what_is_not_finite_can_be_passed_over(tmp_path):
         assert checkpointer.restore(only_finite=True).step == 1
         checkpointer.discard_after(1)
         assert checkpointer.restore().step == 1
+
+
+def test_a_mask_of_infinities_is_no_sign_of_a_broken_run(tmp_path):
+    mask = keras.Variable([0.0, -np.inf], trainable=False, name="mask")
+    weight = keras.Variable([1.0], name="weight")
+    with Checkpointer(tmp_path, {"model": [mask, weight]}) as checkpointer:
+        checkpointer.save(1)
+        weight.assign([np.inf])
+        checkpointer.save(2)
+        assert checkpointer.restore(only_finite=True).step == 1
+
+
+def test_ctrl_c_while_a_save_is_waited_for_does_not_lose_it(tmp_path):
+    """In a process of its own: the interrupt comes while the disk works."""
+    script = (
+        "import os, signal, sys, threading\n"
+        "import keras, numpy as np\n"
+        "from dist_amp.checkpoint import Checkpointer\n"
+        "weights = [keras.Variable(np.ones(20_000_000, 'float32'))]\n"
+        "try:\n"
+        "    with Checkpointer(sys.argv[1], {'model': weights}) as saver:\n"
+        "        saver.save(1)\n"
+        "        interrupt = lambda: os.kill(os.getpid(), signal.SIGINT)\n"
+        "        threading.Timer(0.02, interrupt).start()\n"
+        "        saver.wait()\n"
+        "        print('not interrupted')\n"
+        "except KeyboardInterrupt:\n"
+        "    alive = [t for t in threading.enumerate() if 'writer' in t.name]\n"
+        "    print('interrupted', len(alive))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "interrupted 0\n", done.stderr
+    assert storage.check(f"{tmp_path}/ckpt-1").step == 1
+
+
+def test_names_of_its_own_groups_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="'metrics'"):
+        Checkpointer(tmp_path, {"metrics": []})
+
+
+def test_numbers_of_numpy_are_saved_as_pythons(tmp_path):
+    with Checkpointer(tmp_path, {}) as checkpointer:
+        checkpointer.save(1, {"best": np.float32(0.5), "is_done": np.bool_(1)})
+        assert checkpointer.restore().state == {"best": 0.5, "is_done": True}
 
 
 def make_unreadable(path):
