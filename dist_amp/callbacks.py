@@ -1,17 +1,21 @@
-"""What Keras callbacks lack: a progress line, JSON lines, state to save."""
+"""What Keras callbacks lack: a progress line, JSON lines, patience."""
 
-import copy
+import contextlib
 import json
+import logging
 import math
+import os
 import pathlib
 import shutil
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 import keras
-import numpy as np
+import tensorflow as tf
+
+_log = logging.getLogger(__name__)
 
 TRAIN_ONLY = (
     "loss_scale",
@@ -30,6 +34,9 @@ class JsonLines(keras.callbacks.Callback):
     `steps_per_sec`, `learning_rate` and `time` (seconds since 1970); a test
     line holds `step`, `epoch`, `split`, `loss`, the metrics and `time`.
 
+    Lines are on the disk before the epoch's checkpoint is. A full disk is
+    logged, and the lines are written when there is room.
+
     Args:
         path: The file; lines of epochs that are trained again after an
             interruption are replaced.
@@ -43,6 +50,7 @@ class JsonLines(keras.callbacks.Callback):
         self._path = pathlib.Path(path)
         self._global_step = global_step
         self._next_epoch: int | None = None
+        self._waiting: list[str] = []
 
     def on_epoch_end(
         self, epoch: int, logs: Mapping[str, Any] | None = None
@@ -58,11 +66,11 @@ class JsonLines(keras.callbacks.Callback):
         lines = [{**head, "split": "train", **logs, "time": time.time()}]
         if test:
             lines.append({**head, "split": "test", **test, "time": time.time()})
-        with self._path.open("a") as file:
-            for line in lines:
-                plain = {name: _plain(name, v) for name, v in line.items()}
-                file.write(json.dumps(plain) + "\n")
+        for line in lines:
+            plain = {name: _plain(name, v) for name, v in line.items()}
+            self._waiting.append(json.dumps(plain) + "\n")
         self._next_epoch = epoch + 1
+        self._write_waiting()
 
     def on_epoch_begin(
         self, epoch: int, logs: Mapping[str, Any] | None = None
@@ -71,12 +79,21 @@ class JsonLines(keras.callbacks.Callback):
         if self._next_epoch is not None and epoch >= self._next_epoch:
             return
         self._next_epoch = epoch
+        self._waiting = [w for w in self._waiting if _epoch_of(w) <= epoch]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         lines = self._path.open().readlines() if self._path.exists() else []
         kept = [line for line in lines if _epoch_of(line) <= epoch]
+        if kept == lines:
+            return
         part = self._path.with_name(f"{self._path.name}.part")
-        part.write_text("".join(kept))
+        with part.open("w") as file:
+            file.writelines(kept)
+            _flush(file)
         part.replace(self._path)
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Tries once more what there was no room for."""
+        self._write_waiting()
 
     def get_state(self) -> dict[str, Any]:
         """Nothing: the file itself is the state."""
@@ -85,74 +102,45 @@ class JsonLines(keras.callbacks.Callback):
     def set_state(self, state: Mapping[str, Any]) -> None:
         """Does nothing."""
 
+    def _write_waiting(self) -> None:
+        """All lines that wait, or none of them."""
+        if not self._waiting:
+            return
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a") as file:
+                file.writelines(self._waiting)
+                _flush(file)
+        except OSError as error:
+            _log.error(
+                "%s cannot be written: %s. %d lines wait for the next epoch.",
+                self._path,
+                error,
+                len(self._waiting),
+            )
+            with contextlib.suppress(OSError):
+                os.truncate(self._path, size)
+            return
+        self._waiting = []
 
-class CallbackStates:
-    """What callbacks have learned since training began, to save and restore.
 
-    Of each callback, the attributes that are not what they were when training
-    began, where they are numbers, strings, lists or dicts of them, or arrays:
-    `EarlyStopping.best`, its `best_weights`, a counter of your own. A callback
-    that has `get_state()` and `set_state(state)`, a dict that JSON can hold,
-    speaks for itself.
+class TensorBoard(keras.callbacks.TensorBoard):
+    """Keras' own, but a disk that is full does not end the training."""
 
-    Args:
-        callbacks: Right after `on_train_begin`.
-    """
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Writes the epoch's scalars."""
+        with _logging_failures("TensorBoard"):
+            super().on_epoch_end(epoch, logs)
 
-    def __init__(self, callbacks: Sequence[keras.callbacks.Callback]):
-        self._callbacks = list(callbacks)
-        self._at_begin = [_plain_attributes(c) for c in self._callbacks]
+    def on_test_end(self, logs: Any = None) -> None:
+        """Writes the evaluation's scalars."""
+        with _logging_failures("TensorBoard"):
+            super().on_test_end(logs)
 
-    def read(self) -> tuple[list[Any], dict[str, np.ndarray]]:
-        """Plain values, and arrays by name; what `write` takes."""
-        states: list[Any] = []
-        arrays: dict[str, np.ndarray] = {}
-        pairs = zip(self._callbacks, self._at_begin, strict=True)
-        for index, (callback, at_begin) in enumerate(pairs):
-            kind = type(callback).__name__
-            if hasattr(callback, "get_state"):
-                states.append([kind, callback.get_state()])
-                continue
-            now = _plain_attributes(callback)
-            changed = {
-                n: v for n, v in now.items() if n not in at_begin
-                or json.dumps(v) != json.dumps(at_begin[n])
-            }  # fmt: skip
-            states.append([kind, changed])
-            for name, value in _array_attributes(callback).items():
-                for place, array in enumerate(value):
-                    arrays[f"callbacks/{index}/{name}/{place:05d}"] = array
-        return states, arrays
-
-    def write(
-        self, states: Sequence[Any], arrays: Mapping[str, np.ndarray]
-    ) -> list[str]:
-        """Gives callbacks what `read` returned, by kind and order.
-
-        Returns:
-            The kinds that were saved and are not here.
-        """
-        left_out, callbacks = [], list(enumerate(self._callbacks))
-        for old_index, (kind, state) in enumerate(states):
-            matches = [c for c in callbacks if type(c[1]).__name__ == kind]
-            if not matches:
-                left_out.append(kind)
-                continue
-            callbacks.remove(matches[0])
-            index, callback = matches[0]
-            if hasattr(callback, "set_state"):
-                callback.set_state(state)
-                continue
-            prefix = f"callbacks/{old_index}/"
-            for name, value in {**self._at_begin[index], **state}.items():
-                setattr(callback, name, copy.deepcopy(value))
-            for name in {
-                k.split("/")[2] for k in arrays if k.startswith(prefix)
-            }:
-                values = [v for k, v in sorted(arrays.items())
-                          if k.startswith(f"{prefix}{name}/")]  # fmt: skip
-                setattr(callback, name, values)
-        return left_out
+    def on_train_end(self, logs: Any = None) -> None:
+        """Closes the files."""
+        with _logging_failures("TensorBoard"):
+            super().on_train_end(logs)
 
 
 class Progress(keras.callbacks.Callback):
@@ -253,39 +241,6 @@ class Progress(keras.callbacks.Callback):
         self._stream.flush()
 
 
-def _plain_attributes(callback: keras.callbacks.Callback) -> dict[str, Any]:
-    """Attributes that JSON can hold, and gives back as they were."""
-    found = {}
-    for name, value in vars(callback).items():
-        value = value.item() if isinstance(value, np.generic) else value
-        if name not in ("params", "validation_data") and _is_plain(value):
-            found[name] = copy.deepcopy(value)
-    return found
-
-
-def _is_plain(value: Any) -> bool:
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    if isinstance(value, dict):
-        return all(
-            isinstance(k, str) and _is_plain(v) for k, v in value.items()
-        )
-    return value is None or isinstance(value, bool | int | float | str)
-
-
-def _array_attributes(
-    callback: keras.callbacks.Callback,
-) -> dict[str, list[np.ndarray]]:
-    """Lists of arrays, like the best weights."""
-    return {
-        name: value
-        for name, value in vars(callback).items()
-        if isinstance(value, list)
-        and value
-        and all(isinstance(one, np.ndarray) for one in value)
-    }
-
-
 def describe_epoch(epoch: int, logs: Mapping[str, float]) -> str:
     """Makes a line like `Epoch 1, Loss: 0.3012, Accuracy: 91.50, ...`."""
     parts = [f"Epoch {epoch + 1}"]
@@ -321,6 +276,19 @@ def _short(value: Any) -> str:
     if isinstance(value, list):
         return ",".join(map(_short, value))
     return f"{value:.0f}" if float(value).is_integer() else f"{value:.3f}"
+
+
+def _flush(file: TextIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def _logging_failures(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, tf.errors.OpError) as error:
+        _log.error("%s cannot be written: %s", name, error)
 
 
 def _epoch_of(line: str) -> float:

@@ -13,7 +13,7 @@ from dist_amp import optimizer as optimizer_lib
 from dist_amp import random_state
 from dist_amp import strategy as strategy_lib
 from dist_amp.agreement import StopRequest
-from dist_amp.callbacks import CallbackStates
+from dist_amp.callback_state import CallbackStates
 from dist_amp.checkpoint import Checkpointer, Restored, SavePolicy
 from dist_amp.metrics import to_numbers
 from dist_amp.pace import Pace, Rates
@@ -119,6 +119,12 @@ class Fit:
         if restored:
             self._take_place(restored)
             self.resumed_step = restored.step
+            if self._model.stop_training:
+                _log.warning(
+                    "a callback ended this run at epoch %d: nothing is left "
+                    "to train; start in a new folder to go on",
+                    self._stream.epoch,
+                )
             _log.info(
                 "resumed from %s: step %d, epoch %d",
                 restored.path,
@@ -157,6 +163,8 @@ class Fit:
 
     def _should_stop(self) -> bool:
         _, is_finished = self._stop.agree(is_due=self.is_finished)
+        if is_finished and not self.is_finished:  # another worker's callback
+            self._model.stop_training = True
         return bool(self._stop.reason) or is_finished
 
     def _add_results(self, logs: dict[str, Any]) -> bool:
@@ -240,6 +248,8 @@ class Fit:
     def _next_length(self) -> int:
         """Updates of the next call, agreed on; 0 if a callback said stop."""
         length = self._pace.steps
+        if self._search_end and not self._is_searching:  # it did not happen
+            self._search_end, self._has_searched = None, False
         every = self._save_policy.every_steps
         if self._checkpointer and every:
             length = min(length, every - self.position.step % every)
@@ -310,7 +320,7 @@ class Fit:
             ),
             "position": dataclasses.asdict(self.position),
             "callbacks": callbacks,
-            "stop_training": self._model.stop_training,
+            "stop_training": bool(self._model.stop_training),
             "model": self._architecture,
             "info": self._info,
         }

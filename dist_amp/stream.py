@@ -99,9 +99,21 @@ class Stream:
     def open(self, epoch: int = 0, batch: int = 0) -> None:
         """Starts at a place: the beginning, or where an earlier run was."""
         self.epoch, self.batch = epoch, batch
-        begin = epoch * (self.batches_per_epoch or 0) + batch
-        stream = self._transform(self._from(begin))
+        self._start(self._from(epoch * (self.batches_per_epoch or 0) + batch))
+
+    def _start(self, batches: tf.data.Dataset) -> None:
+        stream = self._transform(batches)
         self.iterator = iter(stream.prefetch(tf.data.AUTOTUNE))
+
+    def _next_passes(self) -> tf.data.Dataset:
+        """After a first pass of unknown length.
+
+        A dataset that shuffles does it anew at each pass and for each
+        iterator, so the passes after the first come from its start.
+        """
+        if isinstance(self._dataset, tf.data.Dataset):
+            return self._dataset.repeat()
+        return self._from(self.epoch * (self.batches_per_epoch or 0))
 
     def _from(self, begin: int) -> tf.data.Dataset:
         """All that comes after so many batches."""
@@ -150,7 +162,8 @@ class Stream:
             raise ValueError("The dataset is empty: it yields no batch.")
         if self.batches_per_epoch is None:
             self.learn_length(self.batch)
-            self.open(self.epoch + 1)
+            self.epoch, self.batch = self.epoch + 1, 0
+            self._start(self._next_passes())
         else:
             self.epoch, self.batch = self.epoch + 1, 0
 

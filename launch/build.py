@@ -20,7 +20,7 @@ from dist_amp import data as data_lib
 from dist_amp import schedule as schedule_lib
 from dist_amp import storage, weights
 from dist_amp import strategy as strategy_lib
-from dist_amp.callbacks import JsonLines, describe_epoch
+from dist_amp.callbacks import JsonLines, TensorBoard, describe_epoch
 from dist_amp.checkpoint import readable_size, whole_manifests
 from dist_amp.stream import DatasetLike, length_of, one_pass
 from launch.config import ConfigError, TrainConfig
@@ -307,9 +307,7 @@ def make_callbacks(
 ) -> list[keras.callbacks.Callback]:
     """TensorBoard, and a line of `metrics.jsonl` for each epoch and split."""
     return [
-        keras.callbacks.TensorBoard(
-            str(run_dir.tensorboard), write_graph=False
-        ),
+        TensorBoard(str(run_dir.tensorboard), write_graph=False),
         JsonLines(run_dir.metrics, lambda: trainer.global_step),
     ]
 

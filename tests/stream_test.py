@@ -97,16 +97,23 @@ def train(stream, num_epochs):
 
 
 @pytest.mark.parametrize(
-    "dataset", [unknown_length, batches().filter(lambda x: True)]
+    "make",
+    [
+        lambda: unknown_length,
+        lambda: batches().filter(lambda x: True),
+        lambda: batches().filter(lambda x: True).shuffle(9, seed=3),
+    ],
+    ids=["function", "in order", "shuffled"],
 )
-def test_a_length_that_tensorflow_cannot_tell_is_learned(dataset):
-    stream = make_stream(dataset)
+def test_a_length_that_tensorflow_cannot_tell_is_learned(make):
+    """A dataset that shuffles is made anew, as in a new process."""
+    stream = make_stream(make())
     assert stream.steps_per_epoch is None
     stream.open()
     straight = train(stream, 3)
     assert stream.steps_per_epoch == NUM_BATCHES
     assert [len(epoch) for epoch in straight] == [NUM_BATCHES] * 3
-    resumed = make_stream(dataset)
+    resumed = make_stream(make())
     resumed.learn_length(NUM_BATCHES)
     resumed.open(1, 2)
     assert train(resumed, 3) == [straight[1][2:], straight[2]]
