@@ -29,7 +29,9 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 _PRODUCT_NAME = pathlib.Path("/sys/class/dmi/id/product_name")
 _NOTICES = ("maintenance-event", "preempted")
-_NO_NOTICE = ("NONE", "FALSE")
+# A live migration does not stop the machine.
+_NO_NOTICE = ("NONE", "FALSE", "MIGRATE_ON_HOST_MAINTENANCE")
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -138,7 +140,7 @@ def _read_notice(server: str, name: str) -> str | None:
         headers={"Metadata-Flavor": "Google"},
     )
     try:
-        with urllib.request.urlopen(request, timeout=5) as response:
+        with _NO_PROXY.open(request, timeout=5) as response:
             return response.read().decode().strip()
     except (OSError, urllib.error.URLError):
         return None  # the next look may do better

@@ -172,6 +172,7 @@ class Trainer(Steps):
                 the newest three by default.
             rollback: Goes back to the last good checkpoint where training
                 blows up, past the batches that did it; an error by default.
+                Needs a function for `dataset`.
             initial_epoch: Epoch to start from if nothing is restored.
             class_weight: Weight of each class in the loss.
             verbose: 0 silent, 1 or "auto" a progress line, 2 a line an epoch.
@@ -195,7 +196,7 @@ class Trainer(Steps):
         )
         self.build(dataset)
         policy = self._directed(save_policy or SavePolicy())
-        self._check_recovery(checkpoint_dir, save_policy, rollback)
+        self._check_recovery(dataset, checkpoint_dir, save_policy, rollback)
         stream = Stream(
             dataset,
             lambda batches: self._split(batches, class_weight),
@@ -374,6 +375,7 @@ class Trainer(Steps):
 
     def _check_recovery(
         self,
+        dataset: DatasetLike,
         checkpoint_dir: str | pathlib.Path | None,
         save_policy: SavePolicy | None,
         rollback: RollbackPolicy | None,
@@ -384,6 +386,14 @@ class Trainer(Steps):
             raise ValueError(f"`{name}` needs a `checkpoint_dir`.")
         if rollback is None:
             return
+        if isinstance(dataset, tf.data.Dataset):
+            raise ValueError(
+                "`rollback` reads batches a second time, and a dataset that "
+                "shuffles gives others then: pass a function of the pass, "
+                "`lambda number: examples.shuffle(n, seed=number).batch(k)`, "
+                "or `lambda number: dataset` for one in a fixed order "
+                "(--rollback_on)."
+            )
         has_scale = isinstance(self.optimizer, optimizer_lib.LossScaleOptimizer)
         if rollback.lower == "loss_scale" and not has_scale:
             raise ValueError(

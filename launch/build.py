@@ -223,16 +223,44 @@ def open_run_dir(config: TrainConfig, run_dir: RunDir) -> Iterator[None]:
     """
     path = str(run_dir.path)
     with contextlib.ExitStack() as stack:
-        try:
-            if config.resume == "never" and run_dir.path.exists():
+        with _as_config_error("run_dir", path):
+            if _is_to_be_moved(config, run_dir):
                 with storage.lock(path):
                     moved = run_dir.move_aside()
                 _log.info("moved earlier results to %s", moved)
             stack.enter_context(storage.lock(path))
+        with _as_config_error("checkpoint_dir", run_dir.checkpoints):
+            with storage.lock(run_dir.checkpoints):
+                pass  # it can be made, and nobody else has it
             _check_checkpoints(config, run_dir)
-        except storage.IO_ERRORS as error:
-            raise ConfigError(f"--run_dir={path}: {error}") from error
         yield
+
+
+@contextlib.contextmanager
+def _as_config_error(flag: str, path: str) -> Iterator[None]:
+    try:
+        yield
+    except storage.IO_ERRORS as error:
+        raise ConfigError(f"--{flag}={path}: {error}") from error
+
+
+def _is_to_be_moved(config: TrainConfig, run_dir: RunDir) -> bool:
+    """Whether an earlier run's results are in the way of this one's."""
+    if not run_dir.path.exists():
+        return False
+    if config.resume == "never":
+        return True
+    has_results = (
+        run_dir.metrics.exists() and run_dir.metrics.stat().st_size > 0
+    )
+    if not has_results or storage.find(run_dir.checkpoints):
+        return False
+    _log.warning(
+        "%s holds results but no checkpoint in %s: training starts anew",
+        run_dir.path,
+        run_dir.checkpoints,
+    )
+    return not storage.find_damaged(run_dir.checkpoints)
 
 
 def _check_checkpoints(config: TrainConfig, run_dir: RunDir) -> None:
@@ -273,11 +301,15 @@ def rollback_policy(config: TrainConfig) -> dist_amp.RollbackPolicy | None:
 
 
 def load_initial_weights(
-    config: TrainConfig, data: Data, trainer: dist_amp.Trainer
+    config: TrainConfig,
+    run_dir: RunDir,
+    data: Data,
+    trainer: dist_amp.Trainer,
 ) -> None:
-    """Builds the model and reads `--initial_weights` into it, if given."""
+    """Reads `--initial_weights` into the model of a run that is new."""
     trainer.build(data.train)
-    if config.initial_weights is None:
+    is_new = config.resume == "never" or not storage.find(run_dir.checkpoints)
+    if config.initial_weights is None or not is_new:
         return
     try:
         weights.load(trainer.model, config.initial_weights)
@@ -298,8 +330,16 @@ def describe_checkpoints(directory: str) -> str:
 def save_model(trainer: dist_amp.Trainer, path: pathlib.Path) -> None:
     """Writes `model.keras`, which is whole whenever it is there."""
     part = path.with_name(f"part-{path.name}")
-    trainer.model.save(part)
-    part.replace(path)
+    try:
+        trainer.model.save(part)
+        part.replace(path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise ConfigError(
+            f"{path} cannot be written: {error}. Make room and start the same "
+            "command again, or export the last checkpoint "
+            "(launch.checkpoints export)."
+        ) from error
 
 
 def make_callbacks(

@@ -78,7 +78,7 @@ def train(
     if config.dry_run:
         print(build.describe_plan(config, devices, data, trainer))
         return 0
-    build.load_initial_weights(config, data, trainer)
+    build.load_initial_weights(config, run_dir, data, trainer)
     with contextlib.ExitStack() as stack:
         if devices.is_chief:
             stack.enter_context(build.open_run_dir(config, run_dir))

@@ -113,6 +113,7 @@ def metadata(monkeypatch):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Metadata)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # is not asked
     monkeypatch.setenv("GCE_METADATA_HOST", f"127.0.0.1:{server.server_port}")
     monkeypatch.setattr(preemption, "_SECONDS_BETWEEN_LOOKS", 0.01)
     Metadata.notices = {"maintenance-event": "NONE", "preempted": "FALSE"}
@@ -134,6 +135,10 @@ def test_a_notice_of_the_metadata_server_is_a_reason(metadata, name, value):
     asked = Asked()
     with preemption.watch(asked):
         while len(metadata.asked) < 4:  # two looks at both, without a notice
+            pass
+        migrates = {"maintenance-event": "MIGRATE_ON_HOST_MAINTENANCE"}
+        metadata.notices = {**metadata.notices, **migrates}
+        while len(metadata.asked) < 8:
             pass
         assert asked.reasons == []
         metadata.notices = {**metadata.notices, name: value}

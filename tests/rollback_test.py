@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 
 import dist_amp
-from dist_amp import storage
+from dist_amp import data, storage
 from dist_amp.rollback import RollbackPolicy, call_loss
 from tests import support
 
@@ -43,7 +43,7 @@ def put_zeros(rows):
 
 def fit(directory, dataset, *, policy=None, fit=None, **options):
     return support.fit_trainer(
-        dataset,
+        lambda number: dataset,
         fit={
             "epochs": 2,
             "checkpoint_dir": directory,
@@ -143,7 +143,7 @@ def test_interrupted_after_a_rollback_it_ends_the_same(tmp_path):
                 trainer.request_stop()
 
         trainer.fit(
-            make_batches(put_nan),
+            lambda number: make_batches(put_nan),
             epochs=2,
             steps_per_loop=1,
             verbose=0,
@@ -174,6 +174,35 @@ def test_too_many_rollbacks_are_an_error(tmp_path):
             make_batches(put_nan),
             policy=RollbackPolicy(max_rollbacks=1),
         )
+
+
+def test_a_dataset_that_may_shuffle_anew_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="pass a function of the pass"):
+        support.fit_trainer(
+            make_batches(),
+            fit={"checkpoint_dir": tmp_path, "rollback": RollbackPolicy()},
+        )
+
+
+def test_shuffled_batches_are_passed_over_in_their_own_order(tmp_path):
+    """One example of forty is bad, wherever a pass puts it."""
+    x, y = support.make_arrays(40)
+    x[13] = np.nan
+    shuffled = data.from_arrays((x, y), support.GLOBAL_BATCH, shuffle_seed=3)
+    trained = support.fit_trainer(
+        shuffled,
+        fit={
+            "epochs": 3,
+            "checkpoint_dir": tmp_path,
+            "rollback": RollbackPolicy(),
+        },
+    )
+    assert trained.history["rollbacks"] == [1, 2, 3]
+    state = storage.read_state(storage.find(str(tmp_path))[-1])
+    for epoch, first, end in state["bad_batches"]:
+        batches = list(shuffled(tf.constant(epoch, tf.int64)))
+        assert end == first + 1
+        assert np.isnan(batches[first][0]).any()
 
 
 def test_without_a_policy_it_is_an_error_at_once(tmp_path):

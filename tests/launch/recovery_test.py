@@ -130,8 +130,9 @@ def test_rollbacks_are_in_the_log_and_in_the_metrics(tmp_path):
         "    y = (x[:, 0] > 0).astype('int32')\n"
         "    if split == 'train':\n"
         "        x[100] = np.nan\n"
-        "    return tf.data.Dataset.from_tensor_slices(\n"
+        "    dataset = tf.data.Dataset.from_tensor_slices(\n"
         "        (x.astype('float32'), y))\n"
+        "    return lambda number: dataset\n"
     )
     done = launch(
         tmp_path,
@@ -148,6 +149,63 @@ def test_rollbacks_are_in_the_log_and_in_the_metrics(tmp_path):
     train = [line for line in lines if line["split"] == "train"]
     assert [line["rollbacks"] for line in train] == [1, 2]
     assert train[1]["learning_rate"] == pytest.approx(0.01 / 4)
+
+
+def test_a_full_disk_ends_no_training(tmp_path, data_dir):
+    """A real one of 200 kB: the second checkpoint has no room."""
+    flags = f"--data_dir={data_dir} --run_dir={tmp_path}/disk/run --epochs=3"
+    mount = f"mount -t tmpfs -o size=200k tmpfs {tmp_path}/disk"
+    (tmp_path / "disk").mkdir()
+    script = f"{mount} && exec {' '.join(command())} {flags}"
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    if "unshare" in done.stderr or "mount:" in done.stderr:
+        pytest.skip(f"needs a mount of its own: {done.stderr}")
+    assert "COULD NOT SAVE step 135" in done.stderr
+    assert "Epoch 3, Loss" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_whose_checkpoints_are_not_found_is_moved_aside(
+    tmp_path, data_dir
+):
+    flags = [f"--data_dir={data_dir}", "--epochs=1"]
+    assert launch(tmp_path, *flags).returncode == 0
+    done = launch(tmp_path, *flags, "--checkpoint_dir=elsewhere")
+    assert done.returncode == 0, done.stderr
+    assert "holds results but no checkpoint in elsewhere" in done.stderr
+    runs = tmp_path / "runs"
+    assert (runs / "mlp-digits.1" / "model.keras").exists()
+    assert (runs / "mlp-digits.1" / "checkpoints" / "ckpt-45").exists()
+
+
+def test_initial_weights_are_for_a_new_run_only(tmp_path, data_dir):
+    flags = [f"--data_dir={data_dir}", "--initial_weights=w.keras"]
+    assert launch(tmp_path, flags[0], "--epochs=1").returncode == 0
+    model = tmp_path / "runs" / "mlp-digits" / "model.keras"
+    model.rename(tmp_path / "w.keras")
+    first = launch(tmp_path, *flags, "--epochs=1", "--run_dir=tuned")
+    assert first.returncode == 0, first.stderr
+    (tmp_path / "w.keras").unlink()
+    done = launch(tmp_path, *flags, "--epochs=2", "--run_dir=tuned")
+    assert done.returncode == 0, done.stderr
+    done = launch(tmp_path, *flags, "--epochs=2", "--run_dir=another")
+    assert done.returncode == 2
+    assert "there is no file w.keras" in done.stderr
+
+
+def test_a_folder_that_cannot_be_made_is_one_error(tmp_path, data_dir):
+    (tmp_path / "file").touch()
+    for flag in ("--run_dir=file/run", "--checkpoint_dir=file/checkpoints"):
+        done = launch(tmp_path, f"--data_dir={data_dir}", flag)
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith(f"error: {flag}")
 
 
 def test_checkpoints_can_go_elsewhere(tmp_path, data_dir):
