@@ -1,10 +1,13 @@
 """A model's weights in files that other programs read."""
 
+import io
 import pathlib
 import re
+import zipfile
 from collections.abc import Mapping
 from typing import TypeVar
 
+import h5py
 import keras
 import numpy as np
 from safetensors import numpy as safetensors
@@ -35,12 +38,7 @@ def load(model: keras.Model, path: str) -> None:
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
     if suffix != ".safetensors":
-        optimizer = getattr(model, "optimizer", None)
-        model.optimizer = None  # Keras would load its variables too
-        try:
-            model.load_weights(path)
-        finally:
-            model.optimizer = optimizer
+        _load_with_keras(model, path)
         return
     arrays = safetensors.load_file(path)
     found = _canonical({n: a for n, a in arrays.items() if is_weight(n)})
@@ -55,6 +53,51 @@ def load(model: keras.Model, path: str) -> None:
     for name, variable in variables.items():
         for copy in strategy_lib.local_copies(variable):
             copy.assign(found[name])
+
+
+def _load_with_keras(model: keras.Model, path: str) -> None:
+    num_saved = _num_saved(path)
+    num_weights = sum(is_weight(v.path) for v in model.variables)
+    if num_saved not in (None, num_weights):
+        raise ValueError(
+            f"{path} is of another model: it holds {num_saved} variables, and "
+            f"the model has {num_weights}."
+        )
+    optimizer = getattr(model, "optimizer", None)
+    before = [v.numpy() for v in model.variables]
+    model.optimizer = None  # Keras would load its variables too
+    try:
+        model.load_weights(path)
+    except Exception as error:
+        for variable, value in zip(model.variables, before, strict=True):
+            variable.assign(value)
+        raise ValueError(f"{path} is of another model: {error}") from error
+    finally:
+        model.optimizer = optimizer
+
+
+def _num_saved(path: str) -> int | None:
+    """Variables of the model in a file of Keras 3; None for a legacy one."""
+    if path.endswith(".keras"):
+        with zipfile.ZipFile(path) as archive:
+            content = io.BytesIO(archive.read("model.weights.h5"))
+        return _num_in_h5(content)
+    return _num_in_h5(path) if path.endswith(".weights.h5") else None
+
+
+def _num_in_h5(file: str | io.BytesIO) -> int:
+    """Keras keeps each layer's variables in a group `vars`."""
+    names: list[str] = []
+
+    def visit(name: str, item: h5py.Group | h5py.Dataset) -> None:
+        is_variable = isinstance(item, h5py.Dataset) and "vars/" in name
+        is_other = name.startswith("optimizer/") or "seed_generator" in name
+        if is_variable and not is_other:
+            names.append(name)
+
+    with h5py.File(file, "r") as content:
+        content.visititems(visit)
+    return len(names)
 
 
 def save(path: str, arrays: Mapping[str, np.ndarray]) -> None:

@@ -61,10 +61,20 @@ def main(argv: list[str]) -> int:
                 f"{', '.join(_COMMANDS)} and a run's folder; see --help."
             )
         start_tensorflow()
-        return _COMMANDS[name](*rest)
-    except (flags.Error, OSError, TypeError, ValueError) as error:
+        return _call(name, rest)
+    except (flags.Error, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _call(name: str, arguments: Sequence[str]) -> int:
+    """TensorFlow's errors of files become Python's."""
+    import tensorflow as tf
+
+    try:
+        return _COMMANDS[name](*arguments)
+    except tf.errors.OpError as error:
+        raise OSError(error.message) from error
 
 
 # ------------------------------------------------------------------- commands
@@ -84,7 +94,7 @@ def _list(run_dir: str) -> int:
         rows.append(
             [
                 path.rpartition("/")[2],
-                str(_epoch_of(path)),
+                _epochs_of(path),
                 readable_size(manifest.num_bytes),
                 time.strftime(
                     "%Y-%m-%d %H:%M", time.localtime(manifest.created)
@@ -126,7 +136,7 @@ def _diff(run_dir: str, *which: str) -> int:
     paths = [_path_of(run_dir, one) for one in which] or _find(run_dir)[-2:]
     if len(paths) != 2:
         raise ValueError(f"two checkpoints are compared. Received {paths}.")
-    one, other = (storage.read_tensors(path) for path in paths)
+    one, other = (_tensors_of(path) for path in paths)
     names = sorted({*one, *other})
     num_different, rows = 0, []
     for name in names:
@@ -158,42 +168,31 @@ def _diff(run_dir: str, *which: str) -> int:
 
 
 def _export(run_dir: str) -> int:
-    from dist_amp import storage
-
     step = flags.FLAGS.step
     path = _newest(run_dir) if step is None else _path_of(run_dir, str(step))
     prefix = "" if flags.FLAGS.all else "model/"
-    _write(path, storage.read_tensors(path, prefix))
+    _write(path, _tensors_of(path, prefix))
     return 0
 
 
 def _average(run_dir: str) -> int:
     """Integers and random states are those of the last one."""
-    import numpy as np
-
-    from dist_amp import storage
-
     steps = flags.FLAGS.steps
     paths = [_path_of(run_dir, step) for step in steps] or _whole(run_dir)
     if len(paths) < 2:
         raise ValueError(f"there must be two or more. Received {paths}.")
-    total: dict[str, Any] = {}
-    for path in paths:
-        tensors = storage.read_tensors(path, "model/")
-        if total and tensors.keys() != total.keys():
-            raise ValueError(f"{path} is of another model than {paths[0]}.")
-        for name, tensor in tensors.items():
-            is_float = "float" in tensor.dtype.name
-            before = total.get(name, 0.0) if is_float else 0
-            value = tensor.astype("float64") if is_float else tensor
-            total[name] = before + value
-    last = storage.read_tensors(paths[-1], "model/")
-    averaged = {
-        name: (value / len(paths)).astype(last[name].dtype)
-        if "float" in last[name].dtype.name
-        else np.asarray(last[name])
-        for name, value in total.items()
-    }
+    last = _tensors_of(paths[-1], "model/")
+    averaged = dict(last)
+    floats = [n for n, tensor in last.items() if "float" in tensor.dtype.name]
+    total = {name: last[name].astype("float64") for name in floats}
+    for path in paths[:-1]:
+        tensors = _tensors_of(path, "model/")
+        if tensors.keys() != last.keys():
+            raise ValueError(f"{path} is of another model than {paths[-1]}.")
+        for name in floats:
+            total[name] += tensors[name].astype("float64")
+    for name in floats:
+        averaged[name] = (total[name] / len(paths)).astype(last[name].dtype)
     _write(paths[-1], averaged)
     print(f"the average of {', '.join(p.rpartition('/')[2] for p in paths)}")
     return 0
@@ -269,10 +268,27 @@ def _read(path: str, *, is_thorough: bool) -> tuple["Manifest | None", str]:
     return manifest, "" if manifest else _CUT_SHORT
 
 
-def _epoch_of(path: str) -> int:
+def _epochs_of(path: str) -> str:
+    """Epochs done; "?" where the file that tells is damaged."""
     from dist_amp import storage
 
-    return storage.read_state(path).get("epoch", 0)
+    try:
+        return str(storage.read_state(path).get("epoch", 0))
+    except (*storage.IO_ERRORS, ValueError, KeyError):
+        return "?"
+
+
+def _tensors_of(path: str, prefix: str = "") -> dict[str, Any]:
+    """What a checkpoint holds, once its checksums are found right."""
+    from dist_amp import storage
+
+    try:
+        manifest = storage.check(path)
+    except storage.DamagedError as error:
+        raise ValueError(f"{path} is damaged: {error}.") from error
+    if manifest is None:
+        raise ValueError(f"{path} is {_CUT_SHORT}.")
+    return storage.read_tensors(path, prefix)
 
 
 def _write(path: str, tensors: dict[str, Any]) -> None:

@@ -133,5 +133,24 @@ def test_what_json_cannot_hold_becomes_a_word(tmp_path):
     assert json.loads(line, parse_constant=pytest.fail)["loss"] == "nan"
 
 
+def test_lines_that_a_full_disk_refuses_come_when_there_is_room(
+    tmp_path, caplog
+):
+    """/dev/full is a disk without room."""
+    path = tmp_path / "metrics.jsonl"
+    callback = JsonLines(path, lambda: 1)
+    for epoch in range(4):
+        callback.on_epoch_begin(epoch)
+        if epoch == 1:
+            path.rename(tmp_path / "kept")
+            path.symlink_to("/dev/full")
+        if epoch == 3:
+            (tmp_path / "kept").rename(path)
+        callback.on_epoch_end(epoch, {"loss": float(epoch)})
+    lines = [json.loads(line) for line in path.open()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert "No space left on device" in caplog.text
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__]))

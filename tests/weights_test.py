@@ -95,6 +95,26 @@ def test_another_model_is_an_error_that_lists_what_differs(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.parametrize("suffix", [".keras", ".weights.h5", ".h5"])
+def test_keras_files_of_another_model_change_nothing(tmp_path, suffix):
+    """One with a layer more, and one whose last layer is of another size."""
+    longer = keras.Sequential([*make_other().layers, keras.layers.Dense(3)])
+    longer.build((None, support.NUM_FEATURES))
+    wider = make_model()
+    wider.pop()
+    wider.add(keras.layers.Dense(7))
+    wider.build((None, support.NUM_FEATURES))
+    for index, other in enumerate((longer, wider)):
+        (tmp_path / str(index)).mkdir()
+        path = saved_by_keras(suffix)(other, tmp_path / str(index))
+        model = make_model(2)
+        before = model.get_weights()
+        with pytest.raises(ValueError, match="another model"):
+            weights.load(model, path)
+        for one, now in zip(before, model.get_weights(), strict=True):
+            np.testing.assert_array_equal(one, now)
+
+
 @pytest.mark.parametrize(
     ("name", "error"),
     [("model.pt", ValueError), ("missing.keras", FileNotFoundError)],

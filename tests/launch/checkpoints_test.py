@@ -73,6 +73,24 @@ def test_verify_finds_what_was_changed(call, run_dir, tmp_path):
     assert "ckpt-135: whole" in out
 
 
+@pytest.mark.parametrize("is_missing", [True, False])
+def test_what_is_damaged_is_shown_and_not_used(
+    call, run_dir, tmp_path, is_missing
+):
+    copy = tmp_path / "copy"
+    shutil.copytree(run_dir, copy)
+    state = copy / "checkpoints" / "ckpt-135" / "state.json"
+    state.unlink() if is_missing else state.write_bytes(b"{")
+    status, out, _ = call("ls", copy)
+    assert status == 0
+    assert "ckpt-135    ?" in out
+    for command in ("diff", "export", "average"):
+        status, _, err = call(command, copy, f"--output={tmp_path}/a.keras")
+        assert status == 2
+        assert "ckpt-135 is damaged: state.json" in err
+        assert len(err.splitlines()) == 1
+
+
 def test_diff_names_what_differs(call, run_dir):
     status, out, _ = call("diff", run_dir, 45, 90)
     assert status == 1
