@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from dist_amp import optimizer as optimizer_lib
 from dist_amp import random_state
@@ -474,8 +473,7 @@ class Fit:
         """Lowers what the policy says, once for each rollback since."""
         optimizer, factor = self._steps.optimizer, policy.factor**times
         if policy.lower == "learning_rate":
-            rate = tf.convert_to_tensor(optimizer.learning_rate)
-            optimizer.learning_rate = rate * factor
+            optimizer.lower_learning_rate(factor)
         elif policy.lower == "loss_scale":
             optimizer.lower_loss_scale(factor)
 

@@ -31,6 +31,7 @@ _PRIVATE_NAMES = {
         "_all_reduce_sum_gradients": "would reduce a second time",
         "_overwrite_variable_with_gradient": "float8 variables, refused",
         "_iterations": "counts attempts that were applied",
+        "_learning_rate": "a schedule, so that it can be lowered",
         "_accumulated_gradients": "made by `build`",
         "_distribution_strategy": "the scope that it was made in",
     },
@@ -44,6 +45,20 @@ _PRIVATE_NAMES = {
 }
 
 MAX_SKIPS_AT_FLOOR = 20
+
+
+class _Lowered(keras.optimizers.schedules.LearningRateSchedule):
+    """A schedule times a factor that a rollback may lower."""
+
+    def __init__(self, schedule: Any):
+        self.schedule = schedule
+        self.factor: Any = 1.0
+
+    def __call__(self, step: Any) -> Any:
+        return self.schedule(step) * self.factor
+
+    def get_config(self) -> dict[str, Any]:
+        return self.schedule.get_config()
 
 
 @keras.saving.register_keras_serializable(package="dist_amp")
@@ -83,6 +98,13 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
         inner.gradient_accumulation_steps = None
         inner.loss_scale_factor = None
         inner._all_reduce_sum_gradients = _already_reduced
+        self._lowered: _Lowered | None = None
+        if isinstance(
+            inner._learning_rate,
+            keras.optimizers.schedules.LearningRateSchedule,
+        ):
+            self._lowered = _Lowered(inner._learning_rate)
+            inner._learning_rate = self._lowered
         self._accumulates_locally: bool | None = None
         self._in_replica = threading.local()  # each is traced in its thread
 
@@ -106,6 +128,13 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
             )
         self.inner_optimizer.build(variables)
         keras.optimizers.Optimizer.build(self, variables)
+        if self._lowered:
+            self._lowered.factor = self.add_variable(
+                (),
+                initializer="ones",
+                dtype="float32",
+                name="learning_rate_factor",
+            )
         if self.gradient_accumulation_steps:
             self._micro_steps = self._counter("micro_steps", "int64")
             self._accumulated_weight = self._counter(
@@ -128,6 +157,19 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
     @learning_rate.setter
     def learning_rate(self, learning_rate: Any) -> None:
         self.inner_optimizer.learning_rate = learning_rate
+
+    def lower_learning_rate(self, factor: float) -> None:
+        """Multiplies the rate, or all that a schedule gives from now on.
+
+        Args:
+            factor: In (0, 1).
+        """
+        if self._lowered:
+            now = tf.convert_to_tensor(self._lowered.factor)
+            self._lowered.factor.assign(now * factor)
+        else:
+            rate = tf.convert_to_tensor(self.learning_rate)
+            self.learning_rate = rate * factor
 
     @property
     def iterations(self) -> keras.Variable:
@@ -317,11 +359,19 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
     def get_config(self) -> dict[str, Any]:
         """Keras configuration; the inner optimizer's is nested in it."""
         inner = self.inner_optimizer
-        with _attribute(
-            inner,
-            "gradient_accumulation_steps",
-            self.gradient_accumulation_steps,
+        with (
+            _attribute(
+                inner,
+                "gradient_accumulation_steps",
+                self.gradient_accumulation_steps,
+            ),
+            contextlib.ExitStack() as stack,
         ):
+            if self._lowered:
+                schedule = self._lowered.schedule
+                stack.enter_context(
+                    _attribute(inner, "_learning_rate", schedule)
+                )
             serialized = keras.saving.serialize_keras_object(inner)
         return {"name": self.name, "inner": serialized}
 

@@ -208,7 +208,9 @@ class Trainer(Steps):
         with contextlib.ExitStack() as stack:
             checkpointer = None
             if checkpoint_dir is not None:
-                checkpointer = self._make_checkpointer(checkpoint_dir, policy)
+                checkpointer = self._make_checkpointer(
+                    dataset, checkpoint_dir, policy
+                )
                 stack.enter_context(checkpointer)
             self._fit = Fit(
                 self,
@@ -321,16 +323,40 @@ class Trainer(Steps):
             Number of operations in the compiled loop, functions included.
         """
         self.build(dataset)
-        iterator = iter(self._split(one_pass(dataset)))
-        function = self._train_loop.get_concrete_function(
-            iterator, tf.constant(1), tf.constant(1)
-        )
+        function = self._traced_loop(dataset)
         definition = function.graph.as_graph_def()
         return len(definition.node) + sum(
             len(inner.node_def) for inner in definition.library.function
         )
 
     # ------------------------------------------------------------ private
+
+    def _traced_loop(self, dataset: DatasetLike) -> Any:
+        """The graph that `fit` will run; it makes no iterator."""
+        spec = self._split(one_pass(dataset)).element_spec
+        return self._train_loop.get_concrete_function(
+            tf.data.IteratorSpec(spec), tf.constant(1), tf.constant(1)
+        )
+
+    def _untracked(self, dataset: DatasetLike) -> list[tf.Variable]:
+        """What the train step uses and `state` leaves out.
+
+        Keras' global generator of random numbers, for one, which a layer
+        without a seed of its own draws from.
+        """
+        tracked = [
+            *(v for group in self.state().values() for v in group),
+            *self.metrics.variables,
+            *random_state.variables_of(self.model),
+        ]
+        inner = [getattr(v, "value", v) for v in tracked]
+        copies = [c for v in tracked for c in strategy_lib.local_copies(v)]
+        known = {id(v) for v in (*tracked, *inner, *copies)}
+        return [
+            variable
+            for variable in self._traced_loop(dataset).variables
+            if id(variable) not in known
+        ]
 
     def _check_combinations(self) -> None:
         parts = self.optimizer.gradient_accumulation_steps
@@ -400,16 +426,6 @@ class Trainer(Steps):
                 "There is no loss scale to lower in this precision: pass "
                 "`lower='learning_rate'` or 'nothing' (--rollback_lower)."
             )
-        if rollback.lower == "learning_rate":
-            try:
-                self.optimizer.learning_rate = tf.convert_to_tensor(
-                    self.optimizer.learning_rate
-                )
-            except TypeError as error:
-                raise ValueError(
-                    "The learning rate is a schedule, which cannot be "
-                    "lowered: pass `lower='nothing'` (--rollback_lower)."
-                ) from error
 
     def _callback_list(
         self,
@@ -449,11 +465,22 @@ class Trainer(Steps):
         return dataclasses.replace(policy, mode=mode)
 
     def _make_checkpointer(
-        self, directory: str | pathlib.Path, policy: SavePolicy
+        self,
+        dataset: DatasetLike,
+        directory: str | pathlib.Path,
+        policy: SavePolicy,
     ) -> Checkpointer:
+        untracked = self._untracked(dataset)
+        if untracked and self.strategy.num_replicas_in_sync > 1:
+            _log.warning(
+                "checkpoints do not hold %s, which the train step uses: add "
+                "it to `Trainer.state`",
+                ", ".join(variable.name for variable in untracked),
+            )
+            untracked = []
         self._checkpointer = Checkpointer(
             str(directory),
-            self.state(),
+            {**self.state(), **({"others": untracked} if untracked else {})},
             summed=self.metrics.variables,
             per_replica=random_state.variables_of(self.model),
             policy=policy,

@@ -436,14 +436,6 @@ class TrainConfig:
             _contradict(
                 "rollback_lower", "no --rollback_on", "pass --rollback_on=nan"
             )
-        if self.rollback_lower == "learning_rate" and (
-            self.schedule != "constant" or self.warmup_steps
-        ):
-            _contradict(
-                "rollback_lower",
-                "--schedule or --warmup_steps",
-                "only a constant learning rate can be lowered",
-            )
         weights = self.initial_weights
         if weights and not weights.endswith((".keras", ".h5", ".safetensors")):
             _fail(

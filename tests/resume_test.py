@@ -234,6 +234,32 @@ def test_an_evaluation_is_heard_between_its_calls(tmp_path):
     assert len(evaluated) < 10_000
 
 
+class Unseeded(keras.layers.Layer):
+    """Draws from Keras' global generator, which no model holds."""
+
+    def call(self, x):
+        return x + keras.random.normal(keras.ops.shape(x), dtype=x.dtype)
+
+
+def test_keras_global_generator_goes_on_too(tmp_path):
+    def make_model():
+        return keras.Sequential(
+            [
+                keras.Input((support.NUM_FEATURES,)),
+                Unseeded(),
+                keras.layers.Dense(support.NUM_CLASSES),
+            ]
+        )
+
+    options = {"make_model": make_model, "precision": "float32"}
+    straight = train(tmp_path / "straight", **options)
+    train(tmp_path / "parts", stop=lambda t: t.global_step == 5, **options)
+    resumed = train(tmp_path / "parts", **options)
+    assert_same_bits(resumed, straight)
+    tensors = storage.read_tensors(storage.find(str(tmp_path / "parts"))[-1])
+    assert any("seed_generator_state" in name for name in tensors)
+
+
 def test_going_on_with_other_numbers_of_replicas_is_within_tolerance(tmp_path):
     def fit(num_replicas, epochs, directory):
         trained = support.fit_trainer(

@@ -247,23 +247,29 @@ def test_the_loss_scale_is_lowered(tmp_path):
     assert trained.history["loss_scale"] == [1.0]
 
 
-@pytest.mark.parametrize(
-    ("lower", "message"),
-    [
-        ("loss_scale", "no loss scale to lower"),
-        ("learning_rate", "is a schedule"),
-    ],
-)
-def test_what_cannot_be_lowered_is_refused_before_training(
-    tmp_path, lower, message
-):
-    schedule = keras.optimizers.schedules.CosineDecay(0.1, 10)
-    with pytest.raises(ValueError, match=message):
+def test_all_that_a_schedule_gives_is_lowered(tmp_path):
+    """Twice; the rate of the last step is told."""
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
+        [4], [0.2, 0.1]
+    )
+    trained = fit(
+        tmp_path,
+        make_batches(put_nan),
+        policy=RollbackPolicy(lower="learning_rate", factor=0.5),
+        make_optimizer=lambda: keras.optimizers.SGD(schedule),
+    )
+    assert trained.history["learning_rate"] == pytest.approx([0.1, 0.025])
+    config = trained.optimizer.get_config()
+    again = dist_amp.DistributedOptimizer.from_config(config)
+    assert float(again.learning_rate) == pytest.approx(0.2)
+
+
+def test_a_loss_scale_that_there_is_not_is_refused_before_training(tmp_path):
+    with pytest.raises(ValueError, match="no loss scale to lower"):
         fit(
             tmp_path,
             make_batches(),
-            policy=RollbackPolicy(lower=lower),
-            make_optimizer=lambda: keras.optimizers.SGD(schedule),
+            policy=RollbackPolicy(lower="loss_scale"),
         )
 
 

@@ -56,14 +56,6 @@ def test_defaults_are_the_tutorials_job():
             {"rollback_lower": "learning_rate"},
             "--rollback_lower contradicts no --rollback_on",
         ),
-        (
-            {
-                "rollback_on": ("nan",),
-                "rollback_lower": "learning_rate",
-                "schedule": "cosine",
-            },
-            "--rollback_lower contradicts --schedule",
-        ),
         ({"initial_weights": "a.pt"}, "--initial_weights must end in .keras"),
         ({"ema": 1.0}, r"--ema must be in \[0, 1\)"),
         ({"ema_overwrite_frequency": 5}, "pass --ema"),
