@@ -16,7 +16,8 @@ _log = logging.getLogger(__name__)
 
 Arrays = dict[str, np.ndarray]
 
-_NO_STATE = ("params", "validation_data", "_model")
+# What Keras' `set_model` and `set_params` set, and TensorBoard's open files.
+_NO_STATE = ("params", "validation_data", "_model", "_writers")
 _SEQUENCES: dict[str, type] = {"tuple": tuple, "set": set, "list": list}
 _CONTAINERS = (list, tuple, set, dict, collections.deque, np.ndarray)
 

@@ -732,7 +732,8 @@ def test_training_goes_on_and_what_is_saved_is_of_the_time_of_the_save(
             np.testing.assert_array_equal(array, expected)
     state = storage.read_state(path)
     assert state["position"]["step"] == 2
-    assert ["Watcher", {"losses": watcher.losses[:2]}] in state["callbacks"]
+    kept = dict(state["callbacks"])["Watcher"]
+    assert kept["losses"] == {"list": watcher.losses[:2]}
     for group in ("model/", "optimizer/", "per_replica/"):  # else no proof
         pairs = zip(
             *(watcher.copies[step][group] for step in (2, 4)), strict=True
