@@ -1,16 +1,28 @@
 """The one place that builds a `tf.distribute.Strategy`."""
 
 import functools
-from collections.abc import Callable, Sequence
+import hashlib
+import pathlib
+import platform
+import socket
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from dist_amp import cluster as cluster_lib
+from dist_amp import coordination, rendezvous
+from dist_amp.cluster import Timeouts
 
 KINDS = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 ALL_REDUCES = ("auto", "nccl", "ring", "hierarchical_copy", "one_device")
+
+_timeouts: weakref.WeakKeyDictionary[tf.distribute.Strategy, Timeouts] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def make_strategy(
@@ -20,6 +32,8 @@ def make_strategy(
     all_reduce: str = "auto",
     cluster: cluster_lib.ClusterSpec | None = None,
     tpu: str | None = None,
+    timeouts: Timeouts | None = None,
+    facts: Mapping[str, str] | None = None,
 ) -> tf.distribute.Strategy:
     """Picks and builds the strategy for the devices at hand.
 
@@ -32,8 +46,11 @@ def make_strategy(
         all_reduce: How gradients travel: "nccl", "ring" (gRPC),
             "hierarchical_copy", "one_device" (sum on one device, copy back),
             or "auto": what TensorFlow prefers on GPUs, "one_device" on CPUs.
-        cluster: The workers of the job; read from `TF_CONFIG` by default.
+        cluster: The workers of the job; `cluster.find()` by default.
         tpu: Name or `grpc://` address of a Cloud TPU, or "local" on a TPU VM.
+        timeouts: How long workers wait for each other.
+        facts: What must be the same on all workers, say the settings by
+            name; versions and the code of this library are compared anyway.
 
     Returns:
         The strategy; build the model in its scope (`dist_amp.scope`).
@@ -41,6 +58,8 @@ def make_strategy(
     Raises:
         ValueError: An argument is unknown, contradicts another, or names
             devices that this host does not have. Never falls back to a CPU.
+        RendezvousError: A worker does not come, or they do not agree; a
+            `ValueError` that says who and in what.
 
     Example:
     >>> strategy = dist_amp.make_strategy("one_device")
@@ -53,12 +72,14 @@ def make_strategy(
             f"`cluster` needs `kind='multi_worker'`. Received kind={kind!r}."
         )
     if kind in ("auto", "multi_worker"):
-        cluster = cluster or cluster_lib.from_environment()
+        cluster = cluster or cluster_lib.find()
     if kind == "tpu" or tpu:
         return _tpu_strategy(tpu or "local")
     if kind == "multi_worker" or cluster:
         # First of all: nothing may have touched a device before it.
-        return _multi_worker_strategy(all_reduce, cluster)
+        return _multi_worker_strategy(
+            all_reduce, cluster, devices, timeouts or Timeouts(), facts or {}
+        )
     found = find_devices(devices, all_cpus=kind == "mirrored")
     kind, _ = choose(kind, devices=found)
     if kind == "one_device":
@@ -114,12 +135,16 @@ def find_devices(
     gpus, cpus = _names("GPU"), _names("CPU")
     if devices is None:
         return gpus or (cpus if all_cpus else cpus[:1])
+    return _checked(devices, gpus + cpus)
+
+
+def _checked(devices: Sequence[str], present: Sequence[str]) -> list[str]:
     canonical = [_canonical(device) for device in devices]
-    missing = [d for d in canonical if d not in gpus + cpus]
+    missing = [device for device in canonical if device not in present]
     if missing or not canonical:
         raise ValueError(
-            f"`devices` must be devices of this host: {gpus + cpus}. Received "
-            f"{list(devices)} (--devices, --num_logical_cpus)."
+            f"`devices` must be devices of this host: {list(present)}. "
+            f"Received {list(devices)} (--devices, --num_logical_cpus)."
         )
     if len(set(canonical)) != len(canonical):
         raise ValueError(
@@ -158,6 +183,11 @@ def task_index(strategy: tf.distribute.Strategy) -> int:
     if num_workers(strategy) == 1:
         return 0
     return strategy.cluster_resolver.task_id
+
+
+def timeouts_of(strategy: tf.distribute.Strategy) -> Timeouts:
+    """What `make_strategy` was given."""
+    return _timeouts.get(strategy, Timeouts())
 
 
 def local_copies(variable: Any) -> Sequence[tf.Variable]:
@@ -285,12 +315,17 @@ def _one_device_strategy(
 
 
 def _multi_worker_strategy(
-    all_reduce: str, cluster: cluster_lib.ClusterSpec | None
+    all_reduce: str,
+    cluster: cluster_lib.ClusterSpec | None,
+    devices: Sequence[str] | None,
+    timeouts: Timeouts,
+    facts: Mapping[str, str],
 ) -> tf.distribute.Strategy:
     if cluster is None:
         raise ValueError(
-            "`kind='multi_worker'` needs the list of workers: set TF_CONFIG "
-            "on each host."
+            "`kind='multi_worker'` needs the list of workers: start the "
+            "program with srun or mpirun, set TF_CONFIG on each host, or pass "
+            "`cluster` (--workers=host:port,host:port --task_index=0)."
         )
     names = {"auto": "AUTO", "nccl": "NCCL", "ring": "RING"}
     if all_reduce not in names:
@@ -298,11 +333,24 @@ def _multi_worker_strategy(
             "`all_reduce` must be auto, nccl or ring with several workers. "
             f"Received {all_reduce!r} (--all_reduce)."
         )
+    local = _configured_devices(devices)
+    if all_reduce == "nccl" and local[0].startswith("CPU"):
+        raise ValueError(
+            f"`all_reduce=nccl` needs GPUs. Received devices {local}; pass "
+            "ring (--all_reduce)."
+        )
+    rendezvous.meet(
+        cluster,
+        {**_own_facts(), "devices on each worker": str(len(local)), **facts},
+        news={"host": socket.gethostname(), "devices": local},
+        timeout=timeouts.startup,
+    )
     options = tf.distribute.experimental.CommunicationOptions(
         implementation=getattr(
             tf.distribute.experimental.CommunicationImplementation,
             names[all_reduce],
-        )
+        ),
+        timeout_seconds=timeouts.collective,
     )
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(cluster.workers)}),
@@ -310,9 +358,46 @@ def _multi_worker_strategy(
         task_id=cluster.task_index,
         rpc_layer="grpc",
     )
-    return tf.distribute.MultiWorkerMirroredStrategy(
-        cluster_resolver=resolver, communication_options=options
-    )
+    coordination.configure(cluster.num_workers, timeouts)
+    with coordination.local_devices(local):
+        strategy = tf.distribute.MultiWorkerMirroredStrategy(
+            cluster_resolver=resolver, communication_options=options
+        )
+    _timeouts[strategy] = timeouts
+    return strategy
+
+
+def _configured_devices(devices: Sequence[str] | None) -> list[str]:
+    """This host's devices, without touching one.
+
+    Several workers must be made known to TensorFlow before it initializes its
+    devices, and it does so when it is asked for logical ones.
+    """
+    gpus = [
+        f"GPU:{index}"
+        for index in range(len(tf.config.list_physical_devices("GPU")))
+    ]
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    parts = tf.config.get_logical_device_configuration(cpu) or [None]
+    cpus = [f"CPU:{index}" for index in range(len(parts))]
+    if devices is None:
+        return gpus or cpus[:1]
+    return _checked(devices, gpus + cpus)
+
+
+@functools.cache
+def _own_facts() -> dict[str, str]:
+    """Versions, and a hash of this library's code."""
+    digest = hashlib.sha256()
+    for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return {
+        "code of dist_amp": digest.hexdigest()[:16],
+        "Python": ".".join(platform.python_version_tuple()[:2]),
+        "TensorFlow": tf.__version__,
+        "Keras": keras.__version__,
+        "NumPy": np.__version__,
+    }
 
 
 def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:

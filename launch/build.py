@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import importlib
+import importlib.util
 import inspect
 import logging
 import pathlib
@@ -35,6 +37,9 @@ _GENERIC_OPTIONS = (
     "clipvalue",
     "ema_overwrite_frequency",
 )
+
+# Settings that may differ among the workers of a job.
+_OWN_OF_A_WORKER = ("task_index", "data_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +77,9 @@ def make_devices(config: TrainConfig) -> Devices:
         devices = devices or [
             f"CPU:{index}" for index in range(config.num_logical_cpus)
         ]
-    cluster = cluster_lib.from_environment()
+    cluster = None
+    if config.strategy in ("auto", "multi_worker"):
+        cluster = cluster_lib.find(config.workers, config.task_index)
     is_tpu = config.strategy == "tpu" or config.tpu
     found = [] if is_tpu or cluster else strategy_lib.find_devices(devices)
     kind, reason = strategy_lib.choose(
@@ -84,6 +91,12 @@ def make_devices(config: TrainConfig) -> Devices:
         all_reduce=config.all_reduce,
         cluster=cluster if kind == "multi_worker" else None,
         tpu=config.tpu,
+        timeouts=cluster_lib.Timeouts(
+            startup=config.startup_timeout,
+            collective=config.collective_timeout,
+            heartbeat=config.heartbeat_timeout,
+        ),
+        facts=_facts(config) if cluster else None,
     )
     # Entered once for its checks, so that they come before any data is read.
     with dist_amp.scope(strategy, config.precision) as precision:
@@ -96,6 +109,24 @@ def make_devices(config: TrainConfig) -> Devices:
     )
     _log.info("precision: %s (%s)", precision.name, precision.reason)
     return Devices(strategy, kind, reason, precision)
+
+
+def _facts(config: TrainConfig) -> dict[str, str]:
+    """What all workers must be started with alike: flags, the user's code."""
+    facts = {
+        f"--{name}": str(value)
+        for name, value in dataclasses.asdict(config).items()
+        if name not in _OWN_OF_A_WORKER
+    }
+    for name in ("model", "dataset", "loss"):
+        module, _, function = getattr(config, name).partition(":")
+        if function.isidentifier():
+            found = importlib.util.find_spec(module)
+            path = pathlib.Path(found.origin or "") if found else None
+            if path and path.is_file():
+                digest = hashlib.sha256(path.read_bytes()).hexdigest()
+                facts[f"code of {module}"] = digest[:16]
+    return facts
 
 
 def load_data(config: TrainConfig) -> Data:

@@ -84,6 +84,27 @@ class TrainConfig:
     )
     all_reduce: str = _flag("auto", "How gradients travel.", ALL_REDUCES)
     tpu: str | None = _flag(None, 'Name or address of a TPU, or "local".')
+    workers: tuple[str, ...] = _flag(
+        (),
+        "host:port of every process of the job, the same list everywhere. "
+        "Default: from TF_CONFIG, srun or mpirun.",
+    )
+    task_index: int | None = _flag(
+        None,
+        "Which of --workers this process is. Default: as Slurm, MPI or a "
+        "Kubernetes Indexed Job tell.",
+    )
+    startup_timeout: float = _flag(
+        300.0, "Seconds to wait for a worker that has not come."
+    )
+    collective_timeout: float = _flag(
+        300.0,
+        "Seconds without progress until all workers report where each one "
+        "is, and end.",
+    )
+    heartbeat_timeout: float = _flag(
+        20.0, "Seconds without a sign of life until a worker counts as lost."
+    )
     precision: str = _flag(
         "auto", "Dtypes; auto is the fastest safe one here.", PRECISIONS
     )
@@ -321,6 +342,7 @@ class TrainConfig:
             _contradict(
                 "tpu", f"--strategy={self.strategy}", "drop one of them"
             )
+        self._check_workers()
         is_tpu = self.strategy == "tpu" or bool(self.tpu)
         if is_tpu and (self.devices or self.num_logical_cpus):
             name = "devices" if self.devices else "num_logical_cpus"
@@ -343,6 +365,16 @@ class TrainConfig:
                 "--strategy=one_device",
                 "there is nothing to reduce",
             )
+
+    def _check_workers(self) -> None:
+        if self.workers and self.strategy not in ("auto", "multi_worker"):
+            _contradict(
+                "workers",
+                f"--strategy={self.strategy}",
+                "pass --strategy=multi_worker",
+            )
+        if self.task_index is not None and not self.workers:
+            _contradict("task_index", "no --workers", "pass --workers")
 
     def _check_loss_scale(self) -> None:
         if self.loss_scale not in ("auto", "dynamic", "none"):
@@ -471,6 +503,9 @@ _POSITIVE = (
     "max_minutes",
     "max_rollbacks",
     "rollback_factor",
+    "startup_timeout",
+    "collective_timeout",
+    "heartbeat_timeout",
 )
 
 

@@ -37,6 +37,11 @@ _FREE = (
     "num_logical_cpus",
     "all_reduce",
     "tpu",
+    "workers",
+    "task_index",
+    "startup_timeout",
+    "collective_timeout",
+    "heartbeat_timeout",
 )
 _PACKAGES = ("tensorflow", "keras", "numpy", "tensorflow-datasets")
 

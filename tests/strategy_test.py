@@ -62,7 +62,7 @@ def test_what_auto_chooses(devices, options, kind):
         ({"all_reduce": "nccl", "devices": ["CPU:0", "CPU:1"]}, "needs GPUs"),
         ({"all_reduce": "ring", "devices": ["CPU:0", "CPU:1"]}, "one host"),
         ({"kind": "one_device", "all_reduce": "ring"}, "would be ignored"),
-        ({"kind": "multi_worker"}, "set TF_CONFIG"),
+        ({"kind": "multi_worker"}, "needs the list of workers.*--workers"),
         (
             {
                 "kind": "mirrored",
@@ -95,47 +95,6 @@ def test_every_all_reduce_for_cpus_sums(all_reduce):
         return made.experimental_local_results(made.run(replica))
 
     assert [float(value) for value in total()] == [4.0, 4.0]
-
-
-def test_tf_config_is_read():
-    spec = cluster.from_environment(
-        {
-            "TF_CONFIG": '{"cluster": {"worker": ["a:1", "b:1"]},'
-            ' "task": {"type": "worker", "index": 1}}'
-        }
-    )
-    assert spec == cluster.ClusterSpec(("a:1", "b:1"), 1, "TF_CONFIG")
-    assert not spec.is_chief
-
-
-@pytest.mark.parametrize("text", ["", '{"cluster": {"worker": ["a:1"]}}'])
-def test_one_process_is_no_cluster(text):
-    assert cluster.from_environment({"TF_CONFIG": text}) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("{", "must be a JSON object"),
-        ("[1]", "must be a JSON object"),
-        (
-            '{"cluster": {"worker": ["a:1", "b:1"]}, "task": {"index": 2}}',
-            r"in \[0, 2\)",
-        ),
-        (
-            '{"cluster": {"worker": ["a:1", "a:1"]}, "task": {"index": 0}}',
-            "address of its own",
-        ),
-        (
-            '{"cluster": {"worker": ["a:1", "b:1"]},'
-            ' "task": {"type": "evaluator"}}',
-            "must be a worker",
-        ),
-    ],
-)
-def test_a_wrong_tf_config_is_explained(text, message):
-    with pytest.raises(ValueError, match=message):
-        cluster.from_environment({"TF_CONFIG": text})
 
 
 if __name__ == "__main__":
