@@ -7,9 +7,12 @@ gradient are plain sums over replicas, whatever the size of the last batch;
 a replica that gets no example at all adds zero.
 """
 
+import contextlib
+import fcntl
 import importlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -128,7 +131,9 @@ def prepare_tfds(name: str, data_dir: str | None = None) -> Any:
     if name.partition(":")[0] == "digits":
         importlib.import_module("dist_amp.datasets.digits")  # registers it
     builder = tfds.builder(name, data_dir=data_dir)
-    builder.download_and_prepare()
+    with _one_process_at_a_time(str(builder.data_path)):
+        builder = tfds.builder(name, data_dir=data_dir)  # as it is now
+        builder.download_and_prepare()
     if builder.info.supervised_keys is None:
         raise ValueError(
             f"TFDS dataset {name!r} has no supervised keys; write a function "
@@ -136,6 +141,20 @@ def prepare_tfds(name: str, data_dir: str | None = None) -> Any:
             "(--dataset=module:function)."
         )
     return builder
+
+
+@contextlib.contextmanager
+def _one_process_at_a_time(data_path: str) -> Iterator[None]:
+    """Workers of one host, or on one disk, would break each other's files."""
+    path = pathlib.Path(data_path)
+    if "://" in data_path or path.exists():
+        yield
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{data_path}.lock", "w") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def read_tfds(

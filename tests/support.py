@@ -16,7 +16,8 @@ import numpy as np
 import tensorflow as tf
 
 import dist_amp
-from dist_amp import random_state, strategy
+from dist_amp import random_state
+from dist_amp.strategy import local_copies as copies_of
 
 NUM_LOGICAL_CPUS = 4
 NUM_REPLICAS = (1, 2, 4)
@@ -80,7 +81,7 @@ def local_copies_of_state(trainer: dist_amp.Trainer) -> list[tf.Variable]:
     return [
         copy
         for variable in random_state.variables_of(trainer.model)
-        for copy in strategy.local_copies(variable)
+        for copy in copies_of(variable)
     ]
 
 
@@ -190,6 +191,7 @@ def make_trainer(
     make_optimizer: Callable[[], keras.optimizers.Optimizer] = make_sgd,
     *,
     num_replicas: int = 1,
+    strategy: tf.distribute.Strategy | None = None,
     precision: str = "float32",
     loss_scale_options: dict[str, Any] | None = None,
     seed: int = 0,
@@ -197,7 +199,8 @@ def make_trainer(
 ) -> dist_amp.Trainer:
     """A trainer of a model made in scope; options are the trainer's."""
     keras.utils.set_random_seed(seed)
-    with dist_amp.scope(make_strategy(num_replicas), precision):
+    strategy = strategy or make_strategy(num_replicas)
+    with dist_amp.scope(strategy, precision):
         model = make_model()
         optimizer = dist_amp.wrap_optimizer(
             make_optimizer(), **(loss_scale_options or {})

@@ -1,6 +1,5 @@
 """Two workers are stopped or killed together and go on together."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -10,45 +9,23 @@ import numpy as np
 import pytest
 
 from dist_amp import storage
-from launch.prove_resume import free_ports
 from tests.launch.prove_resume_test import prove
 from tests.launch.train_test import SECONDS, command, environment
+from tests.multi_worker.processes import cluster_environments, end
 
 
 def start(cwd, *flags):
     """Two workers of one run; worker 0 is the chief."""
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(2)]
     return [
         subprocess.Popen(
             command(*flags),
             cwd=cwd,
-            env=environment(
-                PYTHONUNBUFFERED="1",
-                TF_CONFIG=json.dumps(
-                    {
-                        "cluster": {"worker": addresses},
-                        "task": {"type": "worker", "index": index},
-                    }
-                ),
-            ),
+            env=environment(PYTHONUNBUFFERED="1", **variables),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index in range(2)
-    ]
-
-
-def end(workers):
-    """Exit status, output and errors of each."""
-    try:
-        results = [w.communicate(timeout=SECONDS) for w in workers]
-    finally:
-        for worker in workers:
-            worker.kill()
-    return [
-        (worker.returncode, *result)
-        for worker, result in zip(workers, results, strict=True)
+        for variables in cluster_environments(2)
     ]
 
 
@@ -68,7 +45,12 @@ def test_killed_workers_end_bit_for_bit_like_those_that_were_not(tmp_path):
 def test_one_worker_is_asked_to_stop_and_all_do_at_the_same_step(
     tmp_path, asked
 ):
-    flags = ["--precision=float32", "--epochs=100000", "--save_every_epochs=0"]
+    flags = [
+        "--precision=float32",
+        "--epochs=100000",
+        "--save_every_epochs=0",
+        f"--data_dir={tmp_path / 'data'}",  # prepared by both at once
+    ]
     workers = start(tmp_path, *flags)
     try:
         for line in workers[0].stdout:

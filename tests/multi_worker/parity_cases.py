@@ -1,0 +1,193 @@
+"""Trainings that several workers and one device do alike; a worker's program.
+
+As a program: `python -m tests.multi_worker.parity_cases FOLDER NUM_DEVICES
+CASE...` trains each case as the worker that TF_CONFIG tells, and leaves its
+weights, optimizer and history in the folder.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+import dist_amp
+from dist_amp import strategy as strategy_lib
+from tests import support
+
+# Three batches of 8 and one of 3: some replicas get no example of it.
+NUM_EXAMPLES = 27
+
+
+def make_adam(**options):
+    return keras.optimizers.Adam(
+        0.01, epsilon=1e-4, weight_decay=0.1, global_clipnorm=0.05, **options
+    )
+
+
+def make_synchronized():
+    return keras.Sequential(
+        [
+            keras.Input((support.NUM_FEATURES,)),
+            keras.layers.Dense(8),
+            keras.layers.BatchNormalization(synchronized=True),
+            keras.layers.Activation("tanh"),
+            keras.layers.Dense(support.NUM_CLASSES, dtype="float32"),
+        ]
+    )
+
+
+def make_embedding():
+    return keras.Sequential(
+        [
+            keras.Input((3,), dtype="int32"),
+            keras.layers.Embedding(12, 4),
+            keras.layers.Flatten(),
+            keras.layers.Dense(support.NUM_CLASSES, dtype="float32"),
+        ]
+    )
+
+
+def plain():
+    return support.make_dataset(NUM_EXAMPLES)
+
+
+def weighted():
+    x, y = support.make_arrays(NUM_EXAMPLES)
+    weights = np.linspace(0.0, 2.0, NUM_EXAMPLES).astype("float32")
+    return support.batched((x, y, weights))
+
+
+def tokens():
+    _, y = support.make_arrays(NUM_EXAMPLES)
+    x = np.random.default_rng(2).integers(0, 6, size=(NUM_EXAMPLES, 3))
+    return support.batched((x.astype("int32"), y))
+
+
+def poisoned(row):
+    """An input of the second batch is infinite in float16."""
+
+    def make():
+        x, y = support.make_arrays(NUM_EXAMPLES)
+        x[support.GLOBAL_BATCH + row] = 1e30
+        return support.batched((x, y))
+
+    return make
+
+
+def unknown_length():
+    return plain().filter(lambda x, y: True)
+
+
+def small_batches():
+    return support.make_dataset(NUM_EXAMPLES, 4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What to train, and how."""
+
+    dataset: Callable[[], tf.data.Dataset] = plain
+    make_model: Callable[[], keras.Model] = support.make_mlp
+    make_optimizer: Callable[[], keras.optimizers.Optimizer] = make_adam
+    precision: str = "float32"
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    fit: dict[str, Any] = dataclasses.field(default_factory=dict)
+    validation: Callable[[], tf.data.Dataset] | None = None
+
+
+SCALED = {"loss_scale_options": {"initial_scale": 2.0**10}}
+CASES = {
+    "float32": Case(options={"metrics": ["accuracy"]}),
+    "float16": Case(precision="mixed_float16", options=SCALED),
+    "bfloat16": Case(precision="mixed_bfloat16"),
+    "weights": Case(
+        weighted,
+        fit={"class_weight": {0: 0.5, 2: 3.0}},
+        options={
+            "loss": support.make_loss(reduction="mean_with_sample_weight")
+        },
+    ),
+    "synchronized": Case(make_model=make_synchronized),
+    "embedding": Case(
+        tokens,
+        make_embedding,
+        lambda: support.make_sgd(0.5, clipnorm=0.05),
+    ),
+    "accumulation": Case(
+        small_batches,
+        make_optimizer=lambda: make_adam(gradient_accumulation_steps=2),
+        precision="mixed_float16",
+        options=SCALED,
+    ),
+    "average": Case(
+        make_optimizer=lambda: support.make_sgd(
+            use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=2
+        ),
+    ),
+    "overflow first": Case(
+        poisoned(0), precision="mixed_float16", options=SCALED
+    ),
+    "overflow last": Case(
+        poisoned(7), precision="mixed_float16", options=SCALED
+    ),
+    "compiled": Case(options={"jit_compile": True}),
+    "unknown length": Case(unknown_length),
+    "validation": Case(validation=unknown_length),
+}
+
+
+def train(
+    case: Case, strategy: tf.distribute.Strategy | None = None
+) -> tuple[dict[str, np.ndarray], dict[str, list[float]]]:
+    """Variables of the model and the optimizer, and the history."""
+    trainer = support.make_trainer(
+        case.make_model,
+        case.make_optimizer,
+        strategy=strategy,
+        precision=case.precision,
+        **case.options,
+    )
+    history = trainer.fit(
+        case.dataset(),
+        epochs=2,
+        validation_data=case.validation and case.validation(),
+        verbose=0,
+        **case.fit,
+    ).history
+    for variables in trainer.model.variables, trainer.optimizer.variables:
+        support.assert_same_on_replicas(variables)
+    arrays = {
+        f"{group}/{index:03d}": support.read([variable])[0]
+        for group, variables in trainer.state().items()
+        for index, variable in enumerate(variables)
+        if variable.name != "seed_generator_state"
+    }
+    measured = ("examples_per_sec", "steps_per_sec")
+    return arrays, {n: v for n, v in history.items() if n not in measured}
+
+
+def main(folder: str, num_devices: str, *names: str) -> None:
+    devices = None
+    if int(num_devices) > 1:
+        strategy_lib.use_logical_cpus(int(num_devices))
+        devices = [f"CPU:{index}" for index in range(int(num_devices))]
+    strategy = dist_amp.make_strategy("multi_worker", devices=devices)
+    index = strategy_lib.task_index(strategy)
+    for name in names:
+        arrays, history = train(CASES[name], strategy)
+        path = pathlib.Path(folder) / f"{name}-{index}"
+        np.savez(path, **arrays)
+        path.with_suffix(".json").write_text(json.dumps(history))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
