@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import tensorflow as tf
 
 from dist_amp import strategy as strategy_lib
+from dist_amp.beacon import Beacon
 
 # Bytes of a reason that travel: enough for "worker 3 got SIGTERM".
 _REASON_BYTES = 48
@@ -15,13 +16,17 @@ class StopRequest:
 
     Args:
         strategy: Whose workers they are.
+        beacon: Told that this worker waits for the others.
 
     Attributes:
         reason: What was agreed on; None to go on.
     """
 
-    def __init__(self, strategy: tf.distribute.Strategy):
+    def __init__(
+        self, strategy: tf.distribute.Strategy, beacon: Beacon | None = None
+    ):
         self._strategy = strategy
+        self._beacon = beacon or Beacon()
         self._is_alone = strategy_lib.num_workers(strategy) == 1
         self._asked: str | None = None
         self.reason: str | None = None
@@ -49,7 +54,8 @@ class StopRequest:
             return length, is_due
         text = (self._asked or "").encode()[:_REASON_BYTES]
         numbers = [length, int(is_due), *_packed(text)]
-        rows = strategy_lib.gather_workers(self._strategy, numbers)
+        with self._beacon.phase("agreement"):
+            rows = strategy_lib.gather_workers(self._strategy, numbers)
         reasons = [_unpacked(row[2:]) for row in rows]
         self.reason = next(filter(None, reasons), None)
         return int(rows[:, 0].min()), bool(rows[:, 1].any())

@@ -1,6 +1,7 @@
 """One call of `Trainer.fit`: epochs, saves, stops and ways back."""
 
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -12,6 +13,7 @@ from dist_amp import optimizer as optimizer_lib
 from dist_amp import random_state
 from dist_amp import strategy as strategy_lib
 from dist_amp.agreement import StopRequest
+from dist_amp.beacon import Beacon
 from dist_amp.callback_state import CallbackStates
 from dist_amp.checkpoint import Checkpointer, Restored, SavePolicy
 from dist_amp.metrics import to_numbers
@@ -23,7 +25,7 @@ from dist_amp.rollback import (
     call_loss,
 )
 from dist_amp.steps import Steps
-from dist_amp.stream import Stream
+from dist_amp.stream import Stream, counts_of
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +66,7 @@ class Fit:
         save_policy: When to save.
         rollback: What to do when training blows up; None: raise.
         info: Plain values that go into each checkpoint.
+        beacon: Told where training is.
     """
 
     def __init__(
@@ -81,6 +84,7 @@ class Fit:
         save_policy: SavePolicy,
         rollback: RollbackPolicy | None,
         info: Mapping[str, Any],
+        beacon: Beacon,
     ):
         self.position = Position()
         self.resumed_step = 0
@@ -97,6 +101,7 @@ class Fit:
         self._save_policy = save_policy
         self._rollback = rollback
         self._info = info
+        self._beacon = beacon
         self._callback_states: CallbackStates
         self._architecture = _architecture(steps.model)
         self._saved_place: tuple[int, int, int] | None = None
@@ -113,6 +118,12 @@ class Fit:
 
     def run(self, initial_epoch: int) -> None:
         """Goes on from the newest checkpoint, or starts at an epoch."""
+        self._start(initial_epoch)
+        with self._beacon.phase("callbacks"):
+            logs = self._train()
+            self._finish(logs)
+
+    def _start(self, initial_epoch: int) -> None:
         self._steps.metrics.reset()
         restored = self._checkpointer.restore() if self._checkpointer else None
         if restored:
@@ -138,8 +149,6 @@ class Fit:
             self._take_callbacks(restored)
         elif self._rollback:
             self._save()  # something to go back to
-        logs = self._train()
-        self._finish(logs)
 
     # ----------------------------------------------------------- outer loop
 
@@ -230,6 +239,7 @@ class Fit:
             before = read
             self._stream.advance(num_steps * per_step)
             position.step += num_steps
+            self._beacon.at_step(position.step)
             position.step_in_epoch += num_steps
             logs = rates.add_to(read, position.step_in_epoch)
             if is_first_call:  # it traced the step: no measure of speed
@@ -268,8 +278,16 @@ class Fit:
         return self._search_end is not None and here < self._search_end
 
     def _call(self, num_steps: int, per_step: int) -> dict[str, Any] | None:
+        self._beacon.at_step(self.position.step)
+        phase = self._beacon.phase(
+            "step" if self._pace.is_traced else "compile",
+            functools.partial(counts_of, self._stream.iterator),
+            taken=self._stream.taken,
+            batches_per_step=per_step,
+        )
         try:
-            return self._train_call(self._stream, num_steps, per_step)
+            with phase:
+                return self._train_call(self._stream, num_steps, per_step)
         except FloatingPointError as error:  # the loss scale is at its floor
             batch = self._stream.batch
             skipped = (optimizer_lib.MAX_SKIPS_AT_FLOOR - 1) * per_step
@@ -328,9 +346,10 @@ class Fit:
             for name, value in (logs or {}).items()
             if isinstance(value, int | float)
         }
-        self._checkpointer.save(
-            self.position.step, state, arrays=arrays, metrics=metrics
-        )
+        with self._beacon.phase("checkpoint"):
+            self._checkpointer.save(
+                self.position.step, state, arrays=arrays, metrics=metrics
+            )
         self._saved_place, self._saved_at = self._place(), time.monotonic()
         self._is_save_due = False
 

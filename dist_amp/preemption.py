@@ -17,13 +17,16 @@ from collections.abc import Callable, Iterator
 _log = logging.getLogger(__name__)
 
 # Exit status by reason. Kubeflow's `restartPolicy: ExitCode` starts a pod
-# again from 128 on, and names 138 for what a user finds worth a new try.
+# again from 128 on, and names 138 for what a user finds worth a new try. The
+# last two are no requests: a standstill, and another worker that is gone.
 EXIT_STATUS = {
     "SIGINT": 128 + signal.SIGINT,
     "SIGTERM": 128 + signal.SIGTERM,
     "SIGUSR1": 128 + signal.SIGUSR1,
     "maintenance": 128 + signal.SIGTERM,
     "max_minutes": 128 + signal.SIGUSR1,
+    "hang": 128 + signal.SIGALRM,
+    "peer": 128 + signal.SIGHUP,
 }
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 

@@ -1,5 +1,7 @@
 """The one place that builds a `tf.distribute.Strategy`."""
 
+import atexit
+import faulthandler
 import functools
 import hashlib
 import pathlib
@@ -19,6 +21,8 @@ from dist_amp.cluster import Timeouts
 
 KINDS = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
 ALL_REDUCES = ("auto", "nccl", "ring", "hierarchical_copy", "one_device")
+
+_SECONDS_TO_EXIT = 60
 
 _timeouts: weakref.WeakKeyDictionary[tf.distribute.Strategy, Timeouts] = (
     weakref.WeakKeyDictionary()
@@ -183,6 +187,14 @@ def task_index(strategy: tf.distribute.Strategy) -> int:
     if num_workers(strategy) == 1:
         return 0
     return strategy.cluster_resolver.task_id
+
+
+def worker_names(strategy: tf.distribute.Strategy) -> list[str]:
+    """What messages call each worker: its index and its address."""
+    if num_workers(strategy) == 1:
+        return ["worker 0"]
+    workers = strategy.cluster_resolver.cluster_spec().as_dict()["worker"]
+    return [f"worker {i} ({address})" for i, address in enumerate(workers)]
 
 
 def timeouts_of(strategy: tf.distribute.Strategy) -> Timeouts:
@@ -350,13 +362,18 @@ def _multi_worker_strategy(
             tf.distribute.experimental.CommunicationImplementation,
             names[all_reduce],
         ),
-        timeout_seconds=timeouts.collective,
+        # The watchdog speaks first, and says more.
+        timeout_seconds=2 * timeouts.collective,
     )
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(cluster.workers)}),
         task_type="worker",
         task_id=cluster.task_index,
         rpc_layer="grpc",
+    )
+    # TensorFlow's teardown may wait for workers that are gone.
+    atexit.register(
+        faulthandler.dump_traceback_later, _SECONDS_TO_EXIT, exit=True
     )
     coordination.configure(cluster.num_workers, timeouts)
     with coordination.local_devices(local):

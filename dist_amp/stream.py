@@ -5,6 +5,8 @@ from typing import Any, TypeAlias
 
 import tensorflow as tf
 
+from dist_amp.beacon import Counts
+
 # Global batches, or a function of the pass over the data (0, 1, ...; a scalar
 # int64 tensor) that returns them: it shuffles by a seed made from the pass, so
 # a run that goes on in pass 90 need not read the 89 before it.
@@ -31,6 +33,23 @@ def one_pass(dataset: DatasetLike) -> tf.data.Dataset:
     return dataset(tf.constant(0, tf.int64))
 
 
+def counts_of(iterator: Any) -> Counts | None:
+    """Batches taken of a prefetching iterator, and whether one is ready.
+
+    Reads what tf.data notes for its own tuning; safe in another thread while
+    a compiled loop takes batches. None where tf.data does not tell.
+    """
+    try:
+        nodes = tf.data.experimental.get_model_proto(iterator).nodes
+    except (tf.errors.OpError, ValueError):
+        return None
+    root = next((n for n in nodes.values() if n.name == "Root"), None)
+    if root is None or not root.inputs:
+        return None
+    prefetch = nodes[root.inputs[0]]
+    return Counts(root.num_elements, prefetch.buffered_elements == 0)
+
+
 class Stream:
     """Training batches without end, and where in them training is.
 
@@ -50,6 +69,7 @@ class Stream:
         batches_per_epoch: None until the end of the first epoch if TensorFlow
             cannot tell the length of the dataset.
         bad: Batches never to train on: `(epoch, first, end)` each.
+        taken: Batches that were taken of the iterator.
 
     Raises:
         ValueError: `steps_per_epoch` is needed and missing.
@@ -88,6 +108,7 @@ class Stream:
         self.epoch = self.batch = 0
         self.bad: list[tuple[int, int, int]] = []
         self.iterator: Any = None
+        self.taken = 0
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -104,6 +125,7 @@ class Stream:
     def _start(self, batches: tf.data.Dataset) -> None:
         stream = self._transform(batches)
         self.iterator = iter(stream.prefetch(tf.data.AUTOTUNE))
+        self.taken = 0
 
     def _next_passes(self) -> tf.data.Dataset:
         """After a first pass of unknown length.
@@ -152,6 +174,7 @@ class Stream:
     def advance(self, num_batches: int) -> None:
         """Tells that so many batches were taken from the iterator."""
         self.batch += num_batches
+        self.taken += num_batches
 
     def end_epoch(self) -> None:
         """Goes to the beginning of the next epoch.
@@ -177,7 +200,7 @@ class Stream:
         for epoch, first, end in sorted(self.bad):
             while epoch == self.epoch and first <= self.batch < end:
                 next(self.iterator)
-                self.batch += 1
+                self.advance(1)
 
     def _next_border(self) -> int:
         """Where the epoch ends, or the next bad batch stands."""

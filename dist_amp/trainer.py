@@ -17,6 +17,7 @@ from dist_amp import data, random_state
 from dist_amp import optimizer as optimizer_lib
 from dist_amp import strategy as strategy_lib
 from dist_amp.agreement import StopRequest
+from dist_amp.beacon import Beacon
 from dist_amp.callbacks import Progress
 from dist_amp.checkpoint import Checkpointer, SavePolicy
 from dist_amp.fit import Fit, blame
@@ -27,10 +28,12 @@ from dist_amp.steps import Steps
 from dist_amp.stream import (
     DatasetLike,
     Stream,
+    counts_of,
     is_infinite,
     length_of,
     one_pass,
 )
+from dist_amp.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +61,9 @@ class Trainer(Steps):
     Attributes:
         run_info: Values that JSON can hold, say the settings of the run; they
             go into each checkpoint.
+        beacon: Tells where training is, for those who watch it.
+        report_dir: On several workers, the folder in which a standstill is
+            written down; None: it is only logged.
 
     Raises:
         ValueError: Model and optimizer were not made in one scope.
@@ -117,7 +123,9 @@ class Trainer(Steps):
         self._test_loop = self.make_test_loop()
         self._test_pace = Pace("auto")
         self._is_built = False
-        self._stop = StopRequest(strategy)
+        self.beacon = Beacon()
+        self.report_dir: str | pathlib.Path | None = None
+        self._stop = StopRequest(strategy, self.beacon)
         self._stop_reason: str | None = None
         self._checkpointer: Checkpointer | None = None
         self._fit: Fit | None = None
@@ -184,6 +192,8 @@ class Trainer(Steps):
         Raises:
             ValueError: An argument is out of range, or the dataset does not
                 fit the replicas.
+            PeerError: Another worker failed or was lost; it says which. A
+                standstill ends the process; see `watchdog`.
             FloatingPointError: The loss is no finite number, or the loss
                 scale is at its floor and updates are still skipped.
         """
@@ -206,6 +216,7 @@ class Trainer(Steps):
         validation = self._prepare_test(validation_data, validation_steps)
         self.model.stop_training = False
         with contextlib.ExitStack() as stack:
+            stack.enter_context(self._watched())
             checkpointer = None
             if checkpoint_dir is not None:
                 checkpointer = self._make_checkpointer(
@@ -226,6 +237,7 @@ class Trainer(Steps):
                 save_policy=policy,
                 rollback=rollback,
                 info=self.run_info,
+                beacon=self.beacon,
             )
             try:
                 self._fit.run(initial_epoch)
@@ -245,8 +257,9 @@ class Trainer(Steps):
         Raises:
             ValueError: The dataset repeats for ever and `steps` is None.
         """
-        self.build(dataset)
-        results = self._test(*self._prepare_test(dataset, steps))
+        with self._watched():
+            self.build(dataset)
+            results = self._test(*self._prepare_test(dataset, steps))
         assert results is not None  # it may not be stopped
         return results
 
@@ -337,6 +350,12 @@ class Trainer(Steps):
         return self._train_loop.get_concrete_function(
             tf.data.IteratorSpec(spec), tf.constant(1), tf.constant(1)
         )
+
+    def _watched(self) -> contextlib.AbstractContextManager[None]:
+        """Other workers that fail or stand still end this one too."""
+        return Watchdog(
+            self.strategy, self.beacon, report_dir=self.report_dir
+        ).watching()
 
     def _untracked(self, dataset: DatasetLike) -> list[tf.Variable]:
         """What the train step uses and `state` leaves out.
@@ -556,13 +575,15 @@ class Trainer(Steps):
         """
         with self.metrics.set_aside():
             iterator, done = iter(batches), 0
+            count = functools.partial(counts_of, iterator)
             while length is None or done < length:
                 wanted, _ = self._stop.agree(self._test_pace.steps)
                 if may_stop and self._stop.reason:
                     return None
                 num = 1 if length is None else min(wanted, length - done)
+                phase = self.beacon.phase("evaluation", count, taken=done)
                 try:
-                    with self._test_pace.observe(num):
+                    with self._test_pace.observe(num), phase:
                         self._test_loop(iterator, tf.constant(num))
                 except tf.errors.OutOfRangeError:
                     if length is None:

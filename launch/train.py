@@ -10,6 +10,7 @@ the machine die under it, and start it again: it goes on where it was.
 """
 
 import contextlib
+import faulthandler
 import logging
 import os
 import signal
@@ -28,7 +29,12 @@ from launch.run_dir import RunDir
 def run() -> None:
     """Entry point of the console command; never returns."""
     sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's modules
-    sys.exit(main(sys.argv))
+    status = main(sys.argv)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:  # TensorFlow's teardown may wait for workers that are gone
+        os._exit(status)
+    sys.exit(status)
 
 
 def main(argv: list[str]) -> int:
@@ -68,8 +74,10 @@ def train(
         The process's exit status.
     """
     _configure_logging()
+    # For whoever finds it hanging: `kill -USR2` shows the stacks.
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     with quiet_start():
-        from dist_amp import preemption  # imports TensorFlow
+        from dist_amp import preemption, watchdog  # imports TensorFlow
         from launch import build
 
         devices = build.make_devices(config)
@@ -79,6 +87,28 @@ def train(
         print(build.describe_plan(config, devices, data, trainer))
         return 0
     build.load_initial_weights(config, run_dir, data, trainer)
+    trainer.report_dir = run_dir.path
+    try:
+        _fit(config, run_dir, devices, data, trainer, callbacks)
+    except watchdog.PeerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return preemption.exit_status("peer")
+    reason = trainer.stop_reason
+    return preemption.exit_status(reason) if reason else 0
+
+
+def _fit(
+    config: TrainConfig,
+    run_dir: RunDir,
+    devices: Any,
+    data: Any,
+    trainer: Any,
+    callbacks: Sequence[Any],
+) -> None:
+    """Trains to the end, or until asked to stop; the chief leaves results."""
+    from dist_amp import preemption
+    from launch import build
+
     with contextlib.ExitStack() as stack:
         if devices.is_chief:
             stack.enter_context(build.open_run_dir(config, run_dir))
@@ -108,8 +138,6 @@ def train(
             results = trainer.evaluate(data.test, steps=config.eval_steps)
         if devices.is_chief:
             print(_conclude(config, run_dir, trainer, results))
-    reason = trainer.stop_reason
-    return preemption.exit_status(reason) if reason else 0
 
 
 def _conclude(

@@ -1,0 +1,166 @@
+"""Where a worker is in its work, and what that says about a standstill.
+
+The code that works tells which phase it enters; what happens within a compiled
+call is read off its input. Nothing is added to a step. Standard library only.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+# What a worker does in each phase, as in "worker 2 has been ...".
+PHASES = {
+    "start": "starting",
+    "compile": "tracing and compiling the step",
+    "input": "waiting for input",
+    "step": "in the step",
+    "evaluation": "evaluating",
+    "checkpoint": "saving a checkpoint",
+    "agreement": "ready for the next steps",
+    "callbacks": "in callbacks or other code between two compiled calls",
+}
+# Within these a worker may be waiting for another one.
+MAY_WAIT = ("step", "evaluation", "agreement")
+# No worker stays in these for ever unless something is wrong.
+MUST_END = (*MAY_WAIT, "input")
+
+
+@dataclasses.dataclass(frozen=True)
+class Counts:
+    """The input of a compiled loop.
+
+    Attributes:
+        taken: Batches that the loop has taken.
+        is_starved: Whether none is ready for it.
+    """
+
+    taken: int
+    is_starved: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a worker is.
+
+    Attributes:
+        phase: One of `PHASES`.
+        step: Number of the update under way, from 1.
+        seconds: How long nothing has changed.
+    """
+
+    phase: str
+    step: int
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        where = f"{PHASES[self.phase]}, at step {self.step}"
+        return f"{where}, for {self.seconds:.0f} s"
+
+
+class Beacon:
+    """Tells where this process is.
+
+    Args:
+        clock: Seconds, as `time.monotonic`.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock = clock
+        self._phase = "start"
+        self._step = 0
+        self._count: Callable[[], Counts | None] = lambda: None
+        self._taken_before = 0
+        self._per_step = 1
+        self._seen: object = None
+        self._seen_at = clock()
+
+    def at_step(self, step: int) -> None:
+        """Sets the number of updates attempted so far."""
+        self._step = step
+
+    @contextlib.contextmanager
+    def phase(
+        self,
+        name: str,
+        count: Callable[[], Counts | None] | None = None,
+        *,
+        taken: int = 0,
+        batches_per_step: int = 1,
+    ) -> Iterator[None]:
+        """What the code within does; the phase around it comes back.
+
+        Args:
+            name: One of `PHASES`.
+            count: Reads the input of the compiled loop that runs within.
+            taken: Batches that were taken of it before.
+            batches_per_step: Batches that an update of it takes.
+        """
+        before = self._phase, self._count
+        self._taken_before, self._per_step = taken, batches_per_step
+        self._phase, self._count = name, count or (lambda: None)
+        try:
+            yield
+        finally:
+            self._phase, self._count = before
+
+    def read(self) -> Place:
+        """The place now. One thread calls it often: it notices changes."""
+        phase, step, counts = self._phase, self._step + 1, self._count()
+        if counts:
+            taken = max(0, counts.taken - self._taken_before)
+            if counts.is_starved:
+                finished = taken // self._per_step
+            else:
+                finished = max(0, taken - 1) // self._per_step
+            if phase == "compile" and taken:
+                phase = "step"  # it runs already
+            if phase != "evaluation":
+                step += finished
+            phase = "input" if counts.is_starved else phase
+        seen = (phase, step, counts)
+        if seen != self._seen:
+            self._seen, self._seen_at = seen, self._clock()
+        return Place(phase, step, self._clock() - self._seen_at)
+
+
+def explain(places: Sequence[Place | None], names: Sequence[str]) -> str:
+    """Says who holds up whom.
+
+    Args:
+        places: Of every worker; None for one that does not answer.
+        names: What to call each worker.
+
+    Returns:
+        Sentences for people.
+    """
+    absent = [n for n, place in zip(names, places, strict=True) if not place]
+    present = [
+        (name, place)
+        for name, place in zip(names, places, strict=True)
+        if place
+    ]
+    held_up = [(n, p) for n, p in present if p.phase in MAY_WAIT]
+    busy = [(n, p) for n, p in present if p.phase not in MAY_WAIT]
+    parts = [f"{name} has been {place}" for name, place in busy]
+    if absent:
+        verb = "does" if len(absent) == 1 else "do"
+        parts.append(f"{_listed(absent)} {verb} not answer")
+    if not parts:
+        parts.append(
+            "no worker is behind the others, and none goes on: a connection "
+            "between two of them may be cut, or a device hangs"
+        )
+        parts += [f"{name} has been {place}" for name, place in held_up]
+        return "; ".join(parts)
+    if held_up:
+        who = _listed([name for name, _ in held_up])
+        steps = sorted({place.step for _, place in held_up})
+        verb = "waits" if len(held_up) == 1 else "wait"
+        at = " or ".join(map(str, steps))
+        parts.append(f"{who} {verb} for it in the all-reduce of step {at}")
+    return "; ".join(parts)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
