@@ -89,7 +89,8 @@ def split(
     def to_slices(*element: Any) -> tuple[Batch, ...]:
         x, y, weight = _unpack(element)
         size = _rows(x)
-        size_as_float = tf.cast(size, tf.float32)
+        # A batch without examples divides nothing, by one.
+        size_as_float = tf.maximum(tf.cast(size, tf.float32), 1.0)
         if weight is None:
             weight = tf.ones([size], tf.float32)
         weight = tf.cast(weight, tf.float32)

@@ -17,6 +17,7 @@ from dist_amp.optimizer import (
     LossScaleOptimizer,
     moving_statistics,
 )
+from dist_amp.stream import no_examples
 
 
 class Steps:
@@ -144,7 +145,7 @@ class Steps:
 
         def micro_step(iterator: Any, *, is_last: bool) -> None:
             with self.optimizer.accumulation(is_last=is_last):
-                self._run(self._train_replica, iterator)
+                self._run(self.train_replica, iterator)
 
         @tf.function
         def train_loop(
@@ -158,6 +159,44 @@ class Steps:
             return self.read_train_logs()
 
         return train_loop
+
+    def make_lockstep(self, step: Callable[[Batch], None]) -> Any:
+        """Compiles `run(iterator) -> (has_run, had_batch)`.
+
+        One step of all workers, as long as any of them has a batch left: the
+        others take part without examples. For data of unknown length, whose
+        end must not be met within a step: counters would go on without data.
+
+        Args:
+            step: Runs in a replica.
+        """
+
+        @tf.function
+        def lockstep(iterator: Any) -> tuple[tf.Tensor, tf.Tensor]:
+            batch = iterator.get_next_as_optional()
+            has_batch = batch.has_value()
+            has_run = self._is_any(has_batch)
+            if has_run:
+                slices = tf.cond(
+                    has_batch,
+                    batch.get_value,
+                    lambda: no_examples(batch.element_spec),
+                )
+                self._run(step, iter([slices]))
+            return has_run, has_batch
+
+        return lockstep
+
+    def _is_any(self, flag: tf.Tensor) -> tf.Tensor:
+        """Whether the flag is set on any worker; all must call it."""
+
+        def in_replica() -> tf.Tensor:
+            context = tf.distribute.get_replica_context()
+            number = tf.cast(flag, tf.int32)
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, number)
+
+        total = self.strategy.run(in_replica)
+        return self.strategy.experimental_local_results(total)[0] > 0
 
     def make_test_loop(self) -> Any:
         """Compiles `loop(iterator, num_steps) -> logs`."""
@@ -188,7 +227,7 @@ class Steps:
             if not is_finite
         ]
 
-    def _train_replica(self, batch: Batch) -> None:
+    def train_replica(self, batch: Batch) -> None:
         """The train step, and what must hold around any override of it."""
         statistics = self._statistics_to_settle()
         before = [tf.identity(variable) for variable in statistics]

@@ -1,6 +1,7 @@
 """Training batches without end, and where in them training is."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import tensorflow as tf
@@ -13,6 +14,13 @@ from dist_amp.beacon import Counts
 DatasetLike: TypeAlias = (
     tf.data.Dataset | Callable[[tf.Tensor], tf.data.Dataset]
 )
+
+# From this worker's integers to those of all, `[num_workers, len(numbers)]`.
+Gather: TypeAlias = Callable[[Sequence[int]], Any]
+
+_log = logging.getLogger(__name__)
+
+UNKNOWN_DIMENSION = 32
 
 
 def length_of(dataset: tf.data.Dataset) -> int | None:
@@ -50,6 +58,58 @@ def counts_of(iterator: Any) -> Counts | None:
     return Counts(root.num_elements, prefetch.buffered_elements == 0)
 
 
+def agree_on_length(
+    dataset: tf.data.Dataset, length: int | None, gather: Gather | None
+) -> tuple[int | None, bool]:
+    """The batches that all workers take, and whether any has fewer.
+
+    Args:
+        dataset: Of this worker.
+        length: Batches in it, if known.
+        gather: None for a single worker.
+
+    Returns:
+        `(length, needs_padding)`; no length if a worker does not know its own.
+    """
+    if gather is None:
+        return length, False
+    lengths = [
+        int(row[0]) for row in gather([-1 if length is None else length])
+    ]
+    if min(lengths) < 0:
+        return None, True
+    longest, shortest = max(lengths), min(lengths)
+    if longest > shortest:
+        _log.warning(
+            "the workers' data differ: %s batches; who has fewer takes part "
+            "in the last ones without examples",
+            ", ".join(map(str, lengths)),
+        )
+    return longest, longest > shortest
+
+
+def padded(dataset: tf.data.Dataset, length: int) -> tf.data.Dataset:
+    """As many batches; those that are missing hold no example."""
+    endless = dataset.concatenate(
+        tf.data.Dataset.from_tensors(no_examples(dataset.element_spec)).repeat()
+    )
+    return endless.take(length)
+
+
+def no_examples(spec: Any) -> Any:
+    """A batch of no example: no row in each leaf; 1 where it has no rows."""
+
+    def empty(leaf: Any) -> Any:
+        if not isinstance(leaf, tf.TensorSpec):
+            return None
+        if leaf.shape.rank == 0:
+            return tf.ones([], leaf.dtype)
+        shape = [UNKNOWN_DIMENSION if n is None else n for n in leaf.shape]
+        return tf.zeros([0, *shape[1:]], leaf.dtype)
+
+    return tf.nest.map_structure(empty, spec)
+
+
 class Stream:
     """Training batches without end, and where in them training is.
 
@@ -62,6 +122,8 @@ class Stream:
         batches_per_step: Batches that one update takes.
         steps_per_epoch: Updates in an epoch; by default one pass over the
             dataset, whose last update may take fewer batches.
+        gather: Tells each worker the numbers of all; None for a single one.
+            Workers whose data are shorter take part without examples.
 
     Attributes:
         epoch: Epoch under way, from 0.
@@ -82,9 +144,14 @@ class Stream:
         *,
         batches_per_step: int = 1,
         steps_per_epoch: int | None = None,
+        gather: Gather | None = None,
     ):
         first = one_pass(dataset)
-        self._length = length_of(first)
+        self._length, self._is_padded = length_of(first), False
+        if steps_per_epoch is None:
+            self._length, self._is_padded = agree_on_length(
+                first, self._length, gather
+            )
         if steps_per_epoch is None and is_infinite(first):
             raise ValueError(
                 "`steps_per_epoch` is needed: the dataset repeats for ever "
@@ -134,14 +201,14 @@ class Stream:
         iterator, so the passes after the first come from its start.
         """
         if isinstance(self._dataset, tf.data.Dataset):
-            return self._dataset.repeat()
+            return self._whole(self._dataset).repeat()
         return self._from(self.epoch * (self.batches_per_epoch or 0))
 
     def _from(self, begin: int) -> tf.data.Dataset:
         """All that comes after so many batches."""
         dataset, has_epochs = self._dataset, self.batches_per_epoch is not None
         if isinstance(dataset, tf.data.Dataset):
-            dataset = dataset.repeat() if has_epochs else dataset
+            dataset = self._whole(dataset).repeat() if has_epochs else dataset
             return dataset.skip(begin) if begin else dataset
         number, rest = 0, begin
         if self._length is not None:
@@ -149,7 +216,14 @@ class Stream:
         passes = tf.data.Dataset.range(number, tf.int64.max)
         if not has_epochs:  # the end of the first one has to be seen
             passes = passes.take(1)
-        return passes.flat_map(dataset).skip(rest)
+        make = dataset
+        return passes.flat_map(lambda n: self._whole(make(n))).skip(rest)
+
+    def _whole(self, one_pass: tf.data.Dataset) -> tf.data.Dataset:
+        """A pass that is as long as the longest of all workers."""
+        if not self._is_padded or self._length is None:
+            return one_pass
+        return padded(one_pass, self._length)
 
     def next_call(self, wanted: int) -> tuple[int, int]:
         """How many updates to run in one call, and of how many batches each.

@@ -26,18 +26,19 @@ from dist_amp.pace import Pace
 from dist_amp.rollback import RollbackPolicy
 from dist_amp.steps import Steps
 from dist_amp.stream import (
+    UNKNOWN_DIMENSION,
     DatasetLike,
     Stream,
+    agree_on_length,
     counts_of,
     is_infinite,
     length_of,
     one_pass,
+    padded,
 )
 from dist_amp.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
-
-_UNKNOWN_DIMENSION = 32
 
 
 class Trainer(Steps):
@@ -121,6 +122,13 @@ class Trainer(Steps):
         model.stop_training = False
         self._train_loop = self.make_train_loop()
         self._test_loop = self.make_test_loop()
+        self._train_lockstep = self.make_lockstep(self.train_replica)
+        self._test_lockstep = self.make_lockstep(self.test_step)
+        self._gather = None
+        if strategy_lib.num_workers(strategy) > 1:
+            self._gather = functools.partial(
+                strategy_lib.gather_workers, strategy
+            )
         self._test_pace = Pace("auto")
         self._is_built = False
         self.beacon = Beacon()
@@ -204,19 +212,21 @@ class Trainer(Steps):
             validation_steps=validation_steps,
             steps_per_loop=None if steps_per_loop == "auto" else steps_per_loop,
         )
-        self.build(dataset)
-        policy = self._directed(save_policy or SavePolicy())
-        self._check_recovery(dataset, checkpoint_dir, save_policy, rollback)
-        stream = Stream(
-            dataset,
-            lambda batches: self._split(batches, class_weight),
-            batches_per_step=self.optimizer.gradient_accumulation_steps or 1,
-            steps_per_epoch=steps_per_epoch,
-        )
-        validation = self._prepare_test(validation_data, validation_steps)
-        self.model.stop_training = False
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._watched())
+            self.build(dataset)
+            policy = self._directed(save_policy or SavePolicy())
+            self._check_recovery(dataset, checkpoint_dir, save_policy, rollback)
+            stream = Stream(
+                dataset,
+                lambda batches: self._split(batches, class_weight),
+                batches_per_step=self.optimizer.gradient_accumulation_steps
+                or 1,
+                steps_per_epoch=steps_per_epoch,
+                gather=self._gather,
+            )
+            validation = self._prepare_test(validation_data, validation_steps)
+            self.model.stop_training = False
             checkpointer = None
             if checkpoint_dir is not None:
                 checkpointer = self._make_checkpointer(
@@ -518,19 +528,29 @@ class Trainer(Steps):
         self, stream: Stream, num_steps: int, micro_steps: int
     ) -> dict[str, float] | None:
         """Runs some updates; None if there is no more data."""
+        if stream.batches_per_epoch is None:
+            return self._call_lockstep(stream)
         try:
             logs = self._train_loop(
                 stream.iterator,
                 tf.constant(num_steps),
                 tf.constant(micro_steps),
             )
-        except tf.errors.OutOfRangeError:
-            if stream.batches_per_epoch is None:
-                return None
-            raise
         except tf.errors.InvalidArgumentError as error:
             raise self._explained(error) from error
         return to_numbers(logs)
+
+    def _call_lockstep(self, stream: Stream) -> dict[str, float] | None:
+        """One update, if any worker has a batch for it."""
+        has_run, had_batch = self._train_lockstep(stream.iterator)
+        if not has_run:
+            return None
+        if not had_batch:
+            _log.warning(
+                "the data of this worker ended before that of others: it "
+                "takes part without examples"
+            )
+        return to_numbers(self.read_train_logs())
 
     def _explained(self, error: tf.errors.InvalidArgumentError) -> Exception:
         """Adds the state of the input to the optimizer's last word."""
@@ -559,7 +579,13 @@ class Trainer(Steps):
                 "`steps` is needed: the dataset repeats for ever "
                 "(`validation_steps` in `fit`, --eval_steps)."
             )
-        length = length_of(dataset) if steps is None else steps
+        length = steps
+        if steps is None:
+            length, is_padded = agree_on_length(
+                dataset, length_of(dataset), self._gather
+            )
+            if is_padded and length is not None:
+                dataset = padded(dataset, length)
         return self._split(dataset).prefetch(tf.data.AUTOTUNE), length
 
     def _test(
@@ -580,14 +606,19 @@ class Trainer(Steps):
                 wanted, _ = self._stop.agree(self._test_pace.steps)
                 if may_stop and self._stop.reason:
                     return None
-                num = 1 if length is None else min(wanted, length - done)
                 phase = self.beacon.phase("evaluation", count, taken=done)
+                if length is None:
+                    with phase:
+                        has_run, _ = self._test_lockstep(iterator)
+                    if not has_run:
+                        break
+                    done += 1
+                    continue
+                num = min(wanted, length - done)
                 try:
                     with self._test_pace.observe(num), phase:
                         self._test_loop(iterator, tf.constant(num))
                 except tf.errors.OutOfRangeError:
-                    if length is None:
-                        break
                     raise ValueError(
                         f"The dataset has fewer than {length} batches to "
                         "evaluate (`validation_steps` in `fit`, --eval_steps)."
@@ -626,7 +657,7 @@ def _check_dataset(dataset: tf.data.Dataset) -> None:
 def _zeros(spec: tf.TensorSpec) -> tf.Tensor:
     """Zeros for building: one example, unless the batch size is known."""
     batch_size, *shape = spec.shape
-    sizes = [_UNKNOWN_DIMENSION if n is None else n for n in shape]
+    sizes = [UNKNOWN_DIMENSION if n is None else n for n in shape]
     return tf.zeros([batch_size or 1, *sizes], spec.dtype)
 
 

@@ -83,6 +83,26 @@ def poisoned(row):
     return make
 
 
+def short_on_worker_1():
+    """Of the last two batches, worker 1's rows count for nothing."""
+    x, y = support.make_arrays(5 * support.GLOBAL_BATCH)
+    weights = np.ones(len(x), "float32")
+    for batch in (3, 4):
+        begin = batch * support.GLOBAL_BATCH + support.GLOBAL_BATCH // 2
+        weights[begin : begin + support.GLOBAL_BATCH // 2] = 0
+    return support.batched((x, y, weights))
+
+
+def shorter(index):
+    """The same as two workers have it."""
+    num_batches = 3 if index == 1 else 5
+    return support.make_dataset(num_batches * support.GLOBAL_BATCH)
+
+
+def shorter_unknown(index):
+    return shorter(index).filter(lambda x, y: True)
+
+
 def unknown_length():
     return plain().filter(lambda x, y: True)
 
@@ -102,6 +122,16 @@ class Case:
     options: dict[str, Any] = dataclasses.field(default_factory=dict)
     fit: dict[str, Any] = dataclasses.field(default_factory=dict)
     validation: Callable[[], tf.data.Dataset] | None = None
+    of_worker: Callable[[int], tf.data.Dataset] | None = None
+
+    def data(
+        self, index: int | None
+    ) -> tuple[tf.data.Dataset, tf.data.Dataset | None]:
+        """To train and to validate on, where a worker's own differ too."""
+        if self.of_worker and index is not None:
+            return self.of_worker(index), self.of_worker(index)
+        validation = self.dataset if self.of_worker else self.validation
+        return self.dataset(), validation and validation()
 
 
 SCALED = {"loss_scale_options": {"initial_scale": 2.0**10}}
@@ -142,11 +172,17 @@ CASES = {
     "compiled": Case(options={"jit_compile": True}),
     "unknown length": Case(unknown_length),
     "validation": Case(validation=unknown_length),
+    "uneven": Case(short_on_worker_1, of_worker=shorter),
+    "uneven, unknown length": Case(
+        short_on_worker_1, of_worker=shorter_unknown
+    ),
 }
 
 
 def train(
-    case: Case, strategy: tf.distribute.Strategy | None = None
+    case: Case,
+    strategy: tf.distribute.Strategy | None = None,
+    index: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, list[float]]]:
     """Variables of the model and the optimizer, and the history."""
     trainer = support.make_trainer(
@@ -156,10 +192,11 @@ def train(
         precision=case.precision,
         **case.options,
     )
+    dataset, validation = case.data(index)
     history = trainer.fit(
-        case.dataset(),
+        dataset,
         epochs=2,
-        validation_data=case.validation and case.validation(),
+        validation_data=validation,
         verbose=0,
         **case.fit,
     ).history
@@ -183,7 +220,7 @@ def main(folder: str, num_devices: str, *names: str) -> None:
     strategy = dist_amp.make_strategy("multi_worker", devices=devices)
     index = strategy_lib.task_index(strategy)
     for name in names:
-        arrays, history = train(CASES[name], strategy)
+        arrays, history = train(CASES[name], strategy, index)
         path = pathlib.Path(folder) / f"{name}-{index}"
         np.savez(path, **arrays)
         path.with_suffix(".json").write_text(json.dumps(history))

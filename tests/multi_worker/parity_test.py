@@ -81,8 +81,8 @@ def test_workers_equal_one_device(
     support.assert_close(
         list(chief.values()), list(expected.values()), case.precision
     )
-    if name.startswith("overflow"):
-        return  # the mean loss leaves out the slice that is not finite
+    if name.startswith(("overflow", "uneven")):
+        return  # the mean loss leaves out what is not finite, or not there
     history = json.loads((folder / f"{name}-0.json").read_text())
     assert list(history) == list(expected_history)
     support.assert_close(
