@@ -79,7 +79,7 @@ def meet(
         "facts": dict(facts or {}),
         "news": dict(news or {}),
     }
-    with _listen(cluster) as server:
+    with listen(cluster) as server:
         if cluster.is_chief:
             verdict = _Host(cluster, greeting, server, deadline).run()
         else:
@@ -87,6 +87,66 @@ def meet(
     if verdict["error"]:
         raise RendezvousError(verdict["error"])
     return verdict["news"]
+
+
+def decline(
+    cluster: ClusterSpec, reason: str, *, timeout: float = 300.0
+) -> None:
+    """Comes to the roll call only to say that this worker cannot take part.
+
+    The `meet` of every other worker then raises with the reason, where it
+    would wait until its time is over.
+
+    Args:
+        cluster: The workers, and which of them this one is.
+        reason: Why not, in words for the others' logs.
+        timeout: Seconds to wait for those who shall hear it.
+
+    Raises:
+        RendezvousError: They could not be told; says why.
+    """
+    deadline = time.monotonic() + timeout
+    greeting = {
+        "greeting": _GREETING,
+        "index": cluster.task_index,
+        "workers": list(cluster.workers),
+        "facts": {},
+        "news": {},
+        "declines": reason,
+    }
+    if cluster.is_chief:
+        with listen(cluster) as server:
+            _Host(cluster, greeting, server, deadline).run()
+    else:
+        _visit(cluster, greeting, deadline, timeout)
+
+
+def listen(cluster: ClusterSpec) -> socket.socket:
+    """Holds this worker's port, so that a second process there is noticed.
+
+    Raises:
+        RendezvousError: The port is taken.
+    """
+    host, port = split_address(cluster.address)
+    family, *_, address = socket.getaddrinfo(
+        host, port, type=socket.SOCK_STREAM
+    )[0]
+    # As TensorFlow's server: the name may stand for an address that only
+    # others see, behind a service or NAT.
+    ip = str(address[0])
+    is_loopback = ip == "::1" or ip.startswith("127.")
+    try:
+        return socket.create_server(
+            (ip if is_loopback else "", port), family=family
+        )
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise RendezvousError(
+            f"Port {port} of {cluster.name_of(cluster.task_index)} is taken "
+            "on this host: a worker of an earlier run may still be there, or "
+            "another process has this worker's index."
+        ) from error
 
 
 # ------------------------------------------------------------- before it all
@@ -111,30 +171,6 @@ def _resolve_all(cluster: ClusterSpec, deadline: float) -> None:
                         f"{cluster.source}."
                     ) from error
             time.sleep(_SECONDS_BETWEEN_TRIES)
-
-
-def _listen(cluster: ClusterSpec) -> socket.socket:
-    """Holds this worker's port, so that a second process there is noticed."""
-    host, port = split_address(cluster.address)
-    family, *_, address = socket.getaddrinfo(
-        host, port, type=socket.SOCK_STREAM
-    )[0]
-    # As TensorFlow's server: the name may stand for an address that only
-    # others see, behind a service or NAT.
-    ip = str(address[0])
-    is_loopback = ip == "::1" or ip.startswith("127.")
-    try:
-        return socket.create_server(
-            (ip if is_loopback else "", port), family=family
-        )
-    except OSError as error:
-        if error.errno != errno.EADDRINUSE:
-            raise
-        raise RendezvousError(
-            f"Port {port} of {cluster.name_of(cluster.task_index)} is taken "
-            "on this host: a worker of an earlier run may still be there, or "
-            "another process has this worker's index."
-        ) from error
 
 
 def _is_over(deadline: float) -> bool:
@@ -175,6 +211,7 @@ class _Host:
             self._server.setblocking(False)
             selector.register(self._server, selectors.EVENT_READ)
             self._wait_for_all(selector)
+            self._error = self._error or self._refusal(0, self._own)
             present = [self._present[i] for i in sorted(self._present)]
             news = [self._own["news"], *(g.greeting["news"] for g in present)]
             verdict = {"error": self._error, "news": news}
@@ -252,6 +289,9 @@ class _Host:
 
     def _complaint(self, index: int, greeting: dict[str, Any]) -> str | None:
         """What is wrong with a worker that has come."""
+        refusal = self._refusal(index, greeting)
+        if refusal:
+            return refusal
         own, other = self._own["workers"], greeting["workers"]
         if own != other:
             return (
@@ -276,6 +316,12 @@ class _Host:
                 f"0. {'; '.join(different)}."
             )
         return None
+
+    def _refusal(self, index: int, greeting: dict[str, Any]) -> str | None:
+        reason = greeting.get("declines")
+        if not reason or index not in range(self._cluster.num_workers):
+            return None
+        return f"{self._names([index])} cannot take part: {reason}"
 
     def _tell_all(
         self, selector: selectors.BaseSelector, verdict: dict[str, Any]

@@ -345,7 +345,7 @@ def _multi_worker_strategy(
             "`all_reduce` must be auto, nccl or ring with several workers. "
             f"Received {all_reduce!r} (--all_reduce)."
         )
-    local = _configured_devices(devices)
+    local = configured_devices(devices)
     if all_reduce == "nccl" and local[0].startswith("CPU"):
         raise ValueError(
             f"`all_reduce=nccl` needs GPUs. Received devices {local}; pass "
@@ -353,7 +353,7 @@ def _multi_worker_strategy(
         )
     rendezvous.meet(
         cluster,
-        {**_own_facts(), "devices on each worker": str(len(local)), **facts},
+        {**own_facts(), "devices on each worker": str(len(local)), **facts},
         news={"host": socket.gethostname(), "devices": local},
         timeout=timeouts.startup,
     )
@@ -384,8 +384,8 @@ def _multi_worker_strategy(
     return strategy
 
 
-def _configured_devices(devices: Sequence[str] | None) -> list[str]:
-    """This host's devices, without touching one.
+def configured_devices(devices: Sequence[str] | None) -> list[str]:
+    """This host's devices for `make_strategy`, without touching one.
 
     Several workers must be made known to TensorFlow before it initializes its
     devices, and it does so when it is asked for logical ones.
@@ -403,7 +403,7 @@ def _configured_devices(devices: Sequence[str] | None) -> list[str]:
 
 
 @functools.cache
-def _own_facts() -> dict[str, str]:
+def own_facts() -> dict[str, str]:
     """Versions, and a hash of this library's code."""
     digest = hashlib.sha256()
     for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):

@@ -10,32 +10,38 @@ from absl import flags
 
 from launch.config import TrainConfig
 
+Config = typing.TypeVar("Config")
 
-def define_flags() -> None:
-    """Defines one flag for each field of `TrainConfig`, and --help."""
+
+def define_flags(config_class: Any = TrainConfig) -> None:
+    """Defines one flag for each field of the config, and --help."""
     flags.DEFINE_boolean("help", False, "Shows all flags.", short_name="h")
-    hints = typing.get_type_hints(TrainConfig)
-    for field in dataclasses.fields(TrainConfig):
+    hints = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
         _define(field, hints[field.name])
 
 
-def config_from_flags() -> TrainConfig:
+@typing.overload
+def config_from_flags() -> TrainConfig: ...
+@typing.overload
+def config_from_flags(config_class: type[Config]) -> Config: ...
+def config_from_flags(config_class: Any = TrainConfig) -> Any:
     """The settings on the command line.
 
     Raises:
         ConfigError: A setting is wrong; the message names the flag.
     """
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainConfig):
+    for field in dataclasses.fields(config_class):
         value = flags.FLAGS[field.name].value
         values[field.name] = tuple(value) if isinstance(value, list) else value
-    return TrainConfig(**values)
+    return config_class(**values)
 
 
-def help_text(usage: str) -> str:
+def help_text(usage: str, config_class: Any = TrainConfig) -> str:
     """The usage, and each flag with its choices and default."""
     lines = [usage, "", "Flags (--flagfile=FILE reads them from a file):"]
-    for field in dataclasses.fields(TrainConfig):
+    for field in dataclasses.fields(config_class):
         choices = field.metadata["choices"]
         accepted = f" One of: {', '.join(choices)}." if choices else ""
         default = field.default

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 # since TensorFlow logs through Abseil, and the failed search for a GPU.
 _CHATTER = re.compile(
     rb"WARNING: All log messages before absl"
-    rb"|I0000 00:00:|[WE]0000 00:00:.*(cuInit|cuda_platform|computation_placer)"
+    rb"|I0000 00:00:|[WE]0000 00:00:.*"
+    rb"(cuInit|cuda_platform|computation_placer|oneDNN supports DT_HALF only)"
 )
 
 

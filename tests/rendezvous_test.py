@@ -186,6 +186,20 @@ def test_a_host_whose_address_comes_later(monkeypatch):
     assert run(*calls) == [[{}, {}]] * 2
 
 
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_worker_that_cannot_take_part_says_so(index):
+    addresses = free_addresses(3)
+    calls = [worker(addresses, i) for i in range(3)]
+    calls[index] = lambda: rendezvous.decline(
+        spec(addresses, index), "no GPU.", timeout=SECONDS
+    )
+    results = run(*calls)
+    assert results[index] is None
+    expected = f"worker {index} ({addresses[index]}) cannot take part: no GPU."
+    others = [r for i, r in enumerate(results) if i != index]
+    assert [str(error) for error in others] == [expected] * 2
+
+
 def test_strangers_are_ignored():
     """A port scanner, a browser, and one that never ends its line."""
     addresses = free_addresses(2)
