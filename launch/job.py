@@ -28,6 +28,8 @@ RESTART = (
     142,  # no progress
     143,  # SIGTERM: the machine is wanted back, everything is saved
 )
+# Of these, what workers say that were asked to stop: they have saved together.
+STOPPED = (138, 143)
 DEFAULT_RESTARTS = 20
 WRONG_SETTINGS = 2
 

@@ -316,20 +316,25 @@ def render(job: SlurmJob, training: job_lib.Training) -> str:
 # -------------------------------------------------------------------- private
 
 _CONTINUED = " \\\n    "
+_RESTART = " | ".join(map(str, job_lib.RESTART))
 
 # The shell around each worker outlives the signals that tell the worker to
 # save, and waits for it.
 _SRUN = f"""\
 # Each worker's status passes through a shell, since srun tells the highest one
-# of all, and ends the others (143) as soon as one has failed: so what is not
-# worth a new start comes out as {_FIRST_END} and more.
+# of all, and ends the others (143) as soon as one has failed. So what is not
+# worth a new start comes out as {_FIRST_END} and more; and of workers that were
+# asked to stop, worker 0, which may still be saving, has the last word.
 {{srun}} \\
     sh -c '
         trap : TERM USR1 INT
         "$@"
         status=$?
+        case $SLURM_PROCID-$status in
+            [1-9]*-{" | [1-9]*-".join(map(str, job_lib.STOPPED))}) exit 0 ;;
+        esac
         case $status in
-            0 | {" | ".join(map(str, job_lib.RESTART))}) exit $status ;;
+            0 | {_RESTART}) exit $status ;;
         esac
         echo "worker $SLURM_PROCID ended with exit status $status" >&2
         [ $status -le {_MAX_END} ] || status={_MAX_END}
@@ -344,7 +349,7 @@ if [ $status -ge {_FIRST_END} ]; then
 fi
 restarts=${{{{SLURM_RESTART_COUNT:-0}}}}
 case $status in
-    {" | ".join(map(str, job_lib.RESTART))})
+    {_RESTART})
         if [ "$restarts" -lt {{max_restarts}} ]; then
             echo "exit status $status: queues again" \\
                 "($((restarts + 1)) of {{max_restarts}})"
@@ -405,7 +410,7 @@ def _preparation(job: SlurmJob) -> Iterator[str]:
 
 
 def _srun(job: SlurmJob) -> Iterator[str]:
-    yield "srun --kill-on-bad-exit=1 --distribution=block"
+    yield "srun --kill-on-bad-exit=1 --wait=0 --distribution=block"
     if job.cpus_per_task:  # srun does not take it from sbatch
         yield f"--cpus-per-task={job.cpus_per_task}"
     if job.container_image:
