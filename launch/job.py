@@ -190,9 +190,15 @@ def environment(pairs: Sequence[str]) -> dict[str, str]:
     """The variables of --env.
 
     Raises:
-        ConfigError: One is not NAME=VALUE.
+        ConfigError: One is not NAME=VALUE, or says who a worker is.
     """
-    return named_values("env", pairs, r"[A-Za-z_][A-Za-z0-9_]*")
+    values = named_values("env", pairs, r"[A-Za-z_][A-Za-z0-9_]*")
+    if "TF_CONFIG" in values:
+        raise ConfigError(
+            "--env=TF_CONFIG contradicts the job, which tells its workers "
+            "itself who they are: drop it."
+        )
+    return values
 
 
 def named_values(

@@ -39,9 +39,9 @@ MpiDefault=none
 ReturnToService=2
 KillWait=5
 GresTypes=gpu
-NodeName=DEFAULT NodeHostname=localhost CPUs=8 RealMemory=2000 Gres=gpu:2
-NodeName=127.0.0.1 Port=16818
-NodeName=127.0.0.2 Port=16819
+NodeName=DEFAULT CPUs=8 RealMemory=2000 Gres=gpu:2
+NodeName=127.0.0.1 NodeHostname=localhost Port=16818
+NodeName=127.0.0.2 NodeHostname=localhost Port=16819
 PartitionName=main Nodes=ALL Default=YES State=UP
 """
 _GPUS = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"
@@ -130,8 +130,8 @@ def running(folder):
             with log.open("ab") as output:
                 daemons.append(_start(command, slurm, output))
             if command[0] == "munged":
-                _wait_until((folder / "munge.socket").exists, slurm)
-        _wait_until(lambda: _num_idle(slurm) == 2, slurm)
+                _wait_until((folder / "munge.socket").exists, slurm, daemons)
+        _wait_until(lambda: _num_idle(slurm) == 2, slurm, daemons)
         yield slurm
     finally:
         _kill_all(slurm)
@@ -191,9 +191,10 @@ def _num_idle(slurm):
     return done.stdout.split().count("idle")
 
 
-def _wait_until(is_done, slurm):
+def _wait_until(is_done, slurm, daemons):
     deadline = time.monotonic() + SECONDS
     while not is_done():
+        assert all(daemon.poll() is None for daemon in daemons), slurm.logs()
         assert time.monotonic() < deadline, slurm.logs()
         time.sleep(0.1)
 
