@@ -298,7 +298,8 @@ def check(job: SlurmJob, training: job_lib.Training) -> None:
 def render(job: SlurmJob, training: job_lib.Training) -> str:
     """The script for sbatch."""
     shell = "/bin/bash -l" if job.modules else "/bin/bash"
-    name = job.job_name or pathlib.Path(training.config.directory).name
+    folder = pathlib.Path(training.config.directory).name
+    name = job.job_name or re.sub(r"[^\w.-]+", "-", folder)
     lines = [f"#!{shell}", *_directives(job, name), "", *_preparation(job), ""]
     program = f"{shlex.quote(job.interpreter)} -m launch.train"
     lines.append(

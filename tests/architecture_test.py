@@ -79,7 +79,9 @@ def test_the_library_knows_no_flags_and_prints_nothing():
 
 
 def test_settings_are_checked_without_tensorflow():
-    for name in ("config", "flags", "run_dir", "quiet", "train"):
+    names = ["config", "flags", "run_dir", "quiet", "train"]
+    names += ["job", "yaml_text", "slurm", "kubernetes"]
+    for name in names:
         tree = ast.parse((ROOT / "launch" / f"{name}.py").read_text())
         for node in tree.body:  # what is imported when the program starts
             if isinstance(node, ast.Import | ast.ImportFrom):

@@ -83,11 +83,14 @@ def test_every_public_name_has_an_example():
 
 def test_the_flags_of_the_readme_exist():
     from launch.config import TrainConfig
+    from launch.kubernetes import KubernetesJob
+    from launch.slurm import SlurmJob
 
     words = re.findall(r"--(\w+)", "".join(blocks("sh")))
-    fields = TrainConfig.__dataclass_fields__
+    kinds = (TrainConfig, SlurmJob, KubernetesJob)
+    fields = {name for kind in kinds for name in kind.__dataclass_fields__}
     own = {"help", "onto", "output"}  # of other programs than launch.train
-    assert set(words) - own - {"signal"} <= set(fields)
+    assert set(words) - own - {"signal"} <= fields
 
 
 if __name__ == "__main__":
