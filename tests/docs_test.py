@@ -5,6 +5,7 @@ import importlib
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -79,6 +80,22 @@ def test_every_public_name_has_an_example():
         one.__name__ for one in classes if ">>>" not in (one.__doc__ or "")
     ]
     assert not missing
+
+
+def test_the_jobs_of_the_readme_can_be_submitted(capsys):
+    from launch import kubernetes, slurm
+
+    programs = {"launch.slurm": slurm, "launch.kubernetes": kubernetes}
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    jobs = [
+        shlex.split(line)[2:]
+        for line in lines
+        if any(f" {name} " in line for name in programs)
+    ]
+    assert len(jobs) >= 3
+    for name, *arguments in jobs:
+        status = programs[name].main([name, "--dry_run", *arguments])
+        assert status == 0, capsys.readouterr().err
 
 
 def test_the_flags_of_the_readme_exist():

@@ -11,7 +11,7 @@ import struct
 import subprocess
 import time
 
-DAEMONS = ("munged", "slurmctld", "slurmd", "sbatch")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "setpriv")
 SECONDS = 60
 _SIOCSIFADDR = 0x8916
 
@@ -50,13 +50,11 @@ _GPUS = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"
 def why_not():
     """Why the daemons cannot run here; None if they can."""
     path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin"])
-    missing = [
-        name for name in DAEMONS if shutil.which(name, path=path) is None
-    ]
+    missing = [n for n in PROGRAMS if shutil.which(n, path=path) is None]
     if missing:
         return (
             f"needs {', '.join(missing)}: apt-get install slurmctld slurmd "
-            "slurm-client munge"
+            "slurm-client munge util-linux"
         )
     return None if os.geteuid() == 0 else "Slurm's daemons need root"
 
