@@ -32,6 +32,12 @@ path.with_suffix(".part").write_text(json.dumps(told))
 path.with_suffix(".part").rename(path)
 statuses = json.loads(pathlib.Path("plan").read_text())
 status = statuses[min(start, len(statuses) - 1)][index]
+if status == "save":  # what worker 0 does while the others are gone
+    import signal, time
+    tell = lambda *_: pathlib.Path("interrupted").touch()
+    signal.signal(signal.SIGTERM, tell)
+    time.sleep(3)
+    sys.exit(138)
 if status == "wait":
     os.execvp("sleep", ["sleep", "1000"])
 sys.exit(status)
@@ -280,12 +286,21 @@ def test_a_worker_that_is_killed_starts_the_job_again(
 def test_wrong_settings_and_exceptions_end_the_job_whatever_others_say(
     slurm, submit_plan, tmp_path, status, other
 ):
-    job = submit_plan([other, status])
+    job = submit_plan([other, status], flags=("--max_restarts=1",))
     known = slurm.wait(job)
     said = output(tmp_path, job)
     assert known["ExitCode"] == f"{status}:0", said
     assert known["Restarts"] == "0"
     assert f"worker 1 ended with exit status {status}" in said
+
+
+def test_worker_0_may_still_be_saving_when_the_others_have_stopped(
+    slurm, submit_plan, tmp_path
+):
+    """Srun would end it, and kill it after KillWait."""
+    job = submit_plan(["save", 138], flags=("--max_restarts=0",))
+    assert slurm.wait(job)["ExitCode"] == "138:0", output(tmp_path, job)
+    assert not (tmp_path / "interrupted").exists()
 
 
 def test_restarts_come_to_an_end(slurm, submit_plan, tmp_path):
