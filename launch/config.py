@@ -300,6 +300,9 @@ class TrainConfig:
                 f"must be one of {', '.join(MODELS)}, or module:function",
                 self.model,
             )
+        self._check_modules()
+
+    def _check_modules(self) -> None:
         for name in ("model", "dataset", "loss"):
             module, _, function = getattr(self, name).partition(":")
             if function.isidentifier() and not _can_be_found(module):

@@ -45,7 +45,7 @@ from launch.findings import (
     Report,
     describe_errors,
 )
-from launch.flags import config_from_flags, define_flags, help_text
+from launch.flags import define_flags, help_text, read_flags
 from launch.quiet import quiet_start
 
 _SECONDS_BESIDE_STARTUP = 30.0
@@ -120,7 +120,7 @@ def main(argv: list[str]) -> int:
             raise ConfigError(
                 f"flags start with --. Received {' '.join(arguments[1:])}."
             )
-        config = config_from_flags(DoctorConfig)
+        config = read_flags(DoctorConfig, flags.FLAGS)
         report = Report()
         report.worker = config.task_index or 0
         _log_to(report)

@@ -4,44 +4,64 @@ import dataclasses
 import textwrap
 import types
 import typing
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from absl import flags
 
 from launch.config import TrainConfig
 
-Config = typing.TypeVar("Config")
+_Config = TypeVar("_Config")
 
 
-def define_flags(config_class: Any = TrainConfig) -> None:
-    """Defines one flag for each field of the config, and --help."""
-    flags.DEFINE_boolean("help", False, "Shows all flags.", short_name="h")
-    hints = typing.get_type_hints(config_class)
-    for field in dataclasses.fields(config_class):
-        _define(field, hints[field.name])
+def define_flags(
+    kind: type = TrainConfig, registry: flags.FlagValues = flags.FLAGS
+) -> None:
+    """Defines one flag for each field of a config, and --help.
+
+    Args:
+        kind: A dataclass whose fields have "help" and "choices" in their
+            metadata. A tuple is a list with commas, or with "is_repeated" a
+            flag that may come several times.
+        registry: Where the flags are defined.
+    """
+    flags.DEFINE_boolean(
+        "help",
+        False,
+        "Shows all flags.",
+        short_name="h",
+        flag_values=registry,
+    )
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        _define(field, hints[field.name], registry)
 
 
-@typing.overload
-def config_from_flags() -> TrainConfig: ...
-@typing.overload
-def config_from_flags(config_class: type[Config]) -> Config: ...
-def config_from_flags(config_class: Any = TrainConfig) -> Any:
-    """The settings on the command line.
+def config_from_flags() -> TrainConfig:
+    """The settings of training on the command line.
+
+    Raises:
+        ConfigError: A setting is wrong; the message names the flag.
+    """
+    return read_flags(TrainConfig, flags.FLAGS)
+
+
+def read_flags(kind: type[_Config], registry: flags.FlagValues) -> _Config:
+    """A config from the flags that `define_flags` made of it.
 
     Raises:
         ConfigError: A setting is wrong; the message names the flag.
     """
     values: dict[str, Any] = {}
-    for field in dataclasses.fields(config_class):
-        value = flags.FLAGS[field.name].value
+    for field in dataclasses.fields(cast(Any, kind)):
+        value = registry[field.name].value
         values[field.name] = tuple(value) if isinstance(value, list) else value
-    return config_class(**values)
+    return kind(**values)
 
 
-def help_text(usage: str, config_class: Any = TrainConfig) -> str:
+def help_text(usage: str, kind: type = TrainConfig) -> str:
     """The usage, and each flag with its choices and default."""
     lines = [usage, "", "Flags (--flagfile=FILE reads them from a file):"]
-    for field in dataclasses.fields(config_class):
+    for field in dataclasses.fields(kind):
         choices = field.metadata["choices"]
         accepted = f" One of: {', '.join(choices)}." if choices else ""
         default = field.default
@@ -56,22 +76,32 @@ def help_text(usage: str, config_class: Any = TrainConfig) -> str:
     return "\n".join(lines)
 
 
-def _define(field: dataclasses.Field[Any], hint: Any) -> None:
+def _define(
+    field: dataclasses.Field[Any], hint: Any, registry: flags.FlagValues
+) -> None:
     text, choices = field.metadata["help"], field.metadata["choices"]
     name, default = field.name, cast(Any, field.default)
     kind = _plain_type(hint)
     if choices:
-        flags.DEFINE_enum(name, default, list(choices), text)
-    elif kind is tuple:
-        flags.DEFINE_list(name, list(default), text)
-    elif kind is bool:
-        flags.DEFINE_boolean(name, default, text)
-    elif kind is int:
-        flags.DEFINE_integer(name, default, text)
-    elif kind is float:
-        flags.DEFINE_float(name, default, text)
+        flags.DEFINE_enum(
+            name, default, list(choices), text, flag_values=registry
+        )
+        return
+    if field.metadata.get("is_repeated"):
+        define: Any = flags.DEFINE_multi_string
     else:
-        flags.DEFINE_string(name, default, text)
+        define = _DEFINITIONS.get(kind, flags.DEFINE_string)
+    if kind is tuple:
+        default = list(default)
+    define(name, default, text, flag_values=registry)
+
+
+_DEFINITIONS: dict[type, Any] = {
+    tuple: flags.DEFINE_list,
+    bool: flags.DEFINE_boolean,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+}
 
 
 def _plain_type(hint: Any) -> type:

@@ -5,6 +5,7 @@ import importlib
 import os
 import pathlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -81,13 +82,32 @@ def test_every_public_name_has_an_example():
     assert not missing
 
 
+def test_the_jobs_of_the_readme_can_be_submitted(capsys):
+    from launch import kubernetes, slurm
+
+    programs = {"launch.slurm": slurm, "launch.kubernetes": kubernetes}
+    lines = "".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    jobs = [
+        shlex.split(line)[2:]
+        for line in lines
+        if any(f" {name} " in line for name in programs)
+    ]
+    assert len(jobs) >= 3
+    for name, *arguments in jobs:
+        status = programs[name].main([name, "--dry_run", *arguments])
+        assert status == 0, capsys.readouterr().err
+
+
 def test_the_flags_of_the_readme_exist():
     from launch.config import TrainConfig
+    from launch.kubernetes import KubernetesJob
+    from launch.slurm import SlurmJob
 
     words = re.findall(r"--(\w+)", "".join(blocks("sh")))
-    fields = TrainConfig.__dataclass_fields__
+    kinds = (TrainConfig, SlurmJob, KubernetesJob)
+    fields = {name for kind in kinds for name in kind.__dataclass_fields__}
     own = {"help", "onto", "output"}  # of other programs than launch.train
-    assert set(words) - own - {"signal"} <= set(fields)
+    assert set(words) - own - {"signal"} <= fields
 
 
 if __name__ == "__main__":
