@@ -1,0 +1,75 @@
+"""A worker's program: trains, and worker 1 does something wrong.
+
+`python -m tests.multi_worker.faulty_worker FOLDER FAULT`
+"""
+
+import os
+import signal
+import sys
+import threading
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import tensorflow as tf
+
+import dist_amp
+from dist_amp import strategy as strategy_lib
+from dist_amp.cluster import Timeouts
+from dist_amp.watchdog import PeerError
+from tests import support
+
+FAULTY_BATCH = 50
+PEER_STATUS, OWN_STATUS = 129, 1
+
+
+def main(folder: str, fault: str) -> None:
+    strategy = dist_amp.make_strategy(
+        "multi_worker", timeouts=Timeouts(collective=6.0)
+    )
+    index = strategy_lib.task_index(strategy)
+
+    def batches():
+        x, y = support.make_arrays(support.GLOBAL_BATCH)
+        for number in range(100_000):
+            if index == 1 and number == FAULTY_BATCH:
+                if fault == "input raises":
+                    raise ValueError("bad record")
+                if fault == "input hangs":
+                    threading.Event().wait()
+            yield x, y
+
+    class Fault(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if index == 0 or batch < FAULTY_BATCH:
+                return
+            if fault == "exception":
+                raise ValueError("a mistake")
+            if fault == "kill":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if fault == "callback hangs":
+                threading.Event().wait()
+
+    trainer = support.make_trainer(strategy=strategy)
+    trainer.report_dir = folder
+    dataset = tf.data.Dataset.from_generator(
+        batches,
+        output_signature=(
+            tf.TensorSpec([8, support.NUM_FEATURES]),
+            tf.TensorSpec([8], tf.int32),
+        ),
+    )
+    try:
+        trainer.fit(
+            dataset, steps_per_epoch=50_000, callbacks=[Fault()], verbose=0
+        )
+    except PeerError as error:
+        print(error, flush=True)
+        os._exit(PEER_STATUS)
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", flush=True)
+        os._exit(OWN_STATUS)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
