@@ -58,6 +58,16 @@ class Place:
         return f"{where}, for {self.seconds:.0f} s"
 
 
+@dataclasses.dataclass(frozen=True)
+class _Loop:
+    """What runs now, as `Beacon.phase` was told; read as one value."""
+
+    phase: str
+    count: Callable[[], Counts | None] | None = None
+    taken: int = 0
+    batches_per_step: int = 1
+
+
 class Beacon:
     """Tells where this process is.
 
@@ -67,11 +77,8 @@ class Beacon:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
-        self._phase = "start"
+        self._loop = _Loop("start")
         self._step = 0
-        self._count: Callable[[], Counts | None] = lambda: None
-        self._taken_before = 0
-        self._per_step = 1
         self._seen: object = None
         self._seen_at = clock()
 
@@ -96,23 +103,23 @@ class Beacon:
             taken: Batches that were taken of it before.
             batches_per_step: Batches that an update of it takes.
         """
-        before = self._phase, self._count
-        self._taken_before, self._per_step = taken, batches_per_step
-        self._phase, self._count = name, count or (lambda: None)
+        before = self._loop
+        self._loop = _Loop(name, count, taken, batches_per_step)
         try:
             yield
         finally:
-            self._phase, self._count = before
+            self._loop = before
 
     def read(self) -> Place:
         """The place now. One thread calls it often: it notices changes."""
-        phase, step, counts = self._phase, self._step + 1, self._count()
+        loop, step = self._loop, self._step + 1
+        phase, counts = loop.phase, loop.count() if loop.count else None
         if counts:
-            taken = max(0, counts.taken - self._taken_before)
+            taken = max(0, counts.taken - loop.taken)
             if counts.is_starved:
-                finished = taken // self._per_step
+                finished = taken // loop.batches_per_step
             else:
-                finished = max(0, taken - 1) // self._per_step
+                finished = max(0, taken - 1) // loop.batches_per_step
             if phase == "compile" and taken:
                 phase = "step"  # it runs already
             if phase != "evaluation":

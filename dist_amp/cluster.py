@@ -17,14 +17,6 @@ from typing import Any
 
 _log = logging.getLogger(__name__)
 
-# Where a launcher gives every process its number.
-_INDEX_VARIABLES = (
-    "JOB_COMPLETION_INDEX",  # a Kubernetes Indexed Job
-    "OMPI_COMM_WORLD_RANK",
-    "SLURM_PROCID",
-    "PMI_RANK",  # MPICH and its relatives
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class _Mpi:
@@ -50,6 +42,14 @@ _MPICH = _Mpi(
     size="PMI_SIZE",
     local_size="MPI_LOCALNRANKS",
     job="PMI_JOBID",
+)
+
+# Where a launcher gives every process its number.
+_INDEX_VARIABLES = (
+    "JOB_COMPLETION_INDEX",  # a Kubernetes Indexed Job
+    _OPEN_MPI.rank,
+    "SLURM_PROCID",
+    _MPICH.rank,  # and its relatives
 )
 
 # Derived ports lie below the range that Linux gives to outgoing connections

@@ -132,9 +132,11 @@ def prepare_tfds(name: str, data_dir: str | None = None) -> Any:
     if name.partition(":")[0] == "digits":
         importlib.import_module("dist_amp.datasets.digits")  # registers it
     builder = tfds.builder(name, data_dir=data_dir)
-    with _one_process_at_a_time(str(builder.data_path)):
-        builder = tfds.builder(name, data_dir=data_dir)  # as it is now
-        builder.download_and_prepare()
+    if not builder.data_path.exists():
+        with _one_process_at_a_time(str(builder.data_path)):
+            # Anew: another process may have prepared it meanwhile.
+            builder = tfds.builder(name, data_dir=data_dir)
+            builder.download_and_prepare()
     if builder.info.supervised_keys is None:
         raise ValueError(
             f"TFDS dataset {name!r} has no supervised keys; write a function "
@@ -147,11 +149,10 @@ def prepare_tfds(name: str, data_dir: str | None = None) -> Any:
 @contextlib.contextmanager
 def _one_process_at_a_time(data_path: str) -> Iterator[None]:
     """Workers of one host, or on one disk, would break each other's files."""
-    path = pathlib.Path(data_path)
-    if "://" in data_path or path.exists():
+    if "://" in data_path:
         yield
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
+    pathlib.Path(data_path).parent.mkdir(parents=True, exist_ok=True)
     with open(f"{data_path}.lock", "w") as file:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)

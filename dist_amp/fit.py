@@ -278,7 +278,6 @@ class Fit:
         return self._search_end is not None and here < self._search_end
 
     def _call(self, num_steps: int, per_step: int) -> dict[str, Any] | None:
-        self._beacon.at_step(self.position.step)
         phase = self._beacon.phase(
             "step" if self._pace.is_traced else "compile",
             functools.partial(counts_of, self._stream.iterator),
@@ -359,6 +358,7 @@ class Fit:
         if not restored.has_same_replicas:
             self._steps.spread_seeds()
         self.position = Position(**state["position"])
+        self._beacon.at_step(self.position.step)
         length = state["batches_per_epoch"]
         if length:
             self._stream.learn_length(length)

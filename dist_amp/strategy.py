@@ -157,7 +157,7 @@ def _checked(devices: Sequence[str], present: Sequence[str]) -> list[str]:
     return canonical
 
 
-def use_logical_cpus(number: int) -> None:
+def use_logical_cpus(number: int) -> list[str]:
     """Splits the CPU into logical devices "CPU:0", "CPU:1" and so on.
 
     For trying several replicas on one machine. Call it before TensorFlow has
@@ -166,6 +166,9 @@ def use_logical_cpus(number: int) -> None:
     Args:
         number: How many, at least 1.
 
+    Returns:
+        Their names.
+
     Raises:
         RuntimeError: TensorFlow has initialized its devices already.
     """
@@ -173,6 +176,7 @@ def use_logical_cpus(number: int) -> None:
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration()] * number
     )
+    return [f"CPU:{index}" for index in range(number)]
 
 
 def num_workers(strategy: tf.distribute.Strategy) -> int:

@@ -49,7 +49,6 @@ class Watchdog:
         strategy: Whose workers they are.
         beacon: Where this worker is.
         report_dir: Where a standstill is written down; None: only logged.
-        end: Ends the process at once, with an exit status.
     """
 
     def __init__(
@@ -58,14 +57,12 @@ class Watchdog:
         beacon: Beacon,
         *,
         report_dir: str | pathlib.Path | None = None,
-        end: Callable[[int], None] = os._exit,
     ):
         self._beacon = beacon
         self._index = strategy_lib.task_index(strategy)
         self._names = strategy_lib.worker_names(strategy)
         self._limit = strategy_lib.timeouts_of(strategy).collective
         self._report_dir = report_dir
-        self._end = end
         self._news_at = min(_SECONDS_UNTIL_NEWS, self._limit / 2)
         self._next_news = self._news_at
         self._declared: str | None = None
@@ -202,7 +199,7 @@ class Watchdog:
         """The main thread cannot be asked: it hangs in a collective."""
         sys.stdout.flush()
         sys.stderr.flush()
-        self._end(EXIT_STATUS["hang"])
+        os._exit(EXIT_STATUS["hang"])
 
 
 def gist_of(error: BaseException) -> str:

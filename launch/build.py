@@ -73,10 +73,8 @@ def make_devices(config: TrainConfig) -> Devices:
         tf.config.experimental.enable_op_determinism()
     devices = list(config.devices) or None
     if config.num_logical_cpus:
-        strategy_lib.use_logical_cpus(config.num_logical_cpus)
-        devices = devices or [
-            f"CPU:{index}" for index in range(config.num_logical_cpus)
-        ]
+        cpus = strategy_lib.use_logical_cpus(config.num_logical_cpus)
+        devices = devices or cpus
     cluster = None
     if config.strategy in ("auto", "multi_worker"):
         cluster = cluster_lib.find(config.workers, config.task_index)

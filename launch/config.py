@@ -40,9 +40,21 @@ ROLLBACK_LOWERED = ("nothing", "loss_scale", "learning_rate")
 DEFAULT_EPOCHS = 5
 
 
-def _flag(default: Any, text: str, choices: tuple[str, ...] = ()) -> Any:
+def flag(
+    default: Any,
+    text: str,
+    choices: tuple[str, ...] = (),
+    *,
+    is_repeated: bool = False,
+) -> Any:
+    """A field of settings that becomes a flag."""
     return dataclasses.field(
-        default=default, metadata={"help": text, "choices": choices}
+        default=default,
+        metadata={
+            "help": text,
+            "choices": choices,
+            "is_repeated": is_repeated,
+        },
     )
 
 
@@ -54,177 +66,173 @@ class ConfigError(ValueError):
 class TrainConfig:
     """Every setting of `python -m launch.train`; one flag each."""
 
-    model: str = _flag(
+    model: str = flag(
         "mlp",
         "A model of dist_amp.models, or module:function that returns a "
         "keras.Model.",
     )
-    dataset: str = _flag(
+    dataset: str = flag(
         "digits",
         "A TFDS name, or module:function that returns a tf.data.Dataset. The "
         "function may take split, global_batch_size (then it batches by "
         "itself), seed and data_dir.",
     )
-    data_dir: str | None = _flag(
+    data_dir: str | None = flag(
         None, "Where TFDS keeps data. Default: ~/tensorflow_datasets."
     )
-    loss: str = _flag(
+    loss: str = flag(
         "sparse_categorical_crossentropy",
         "A Keras loss, or module:function. Whether a cross-entropy takes "
         "logits is read off the model's last activation.",
     )
-    metrics: tuple[str, ...] = _flag(("accuracy",), "Keras metrics.")
+    metrics: tuple[str, ...] = flag(("accuracy",), "Keras metrics.")
 
-    strategy: str = _flag("auto", "How replicas are made.", STRATEGIES)
-    devices: tuple[str, ...] = _flag(
+    strategy: str = flag("auto", "How replicas are made.", STRATEGIES)
+    devices: tuple[str, ...] = flag(
         (), "Devices to use, as GPU:0,GPU:1. Default: all GPUs, else CPU:0."
     )
-    num_logical_cpus: int = _flag(
+    num_logical_cpus: int = flag(
         0, "Splits the CPU into this many devices, a replica on each."
     )
-    all_reduce: str = _flag("auto", "How gradients travel.", ALL_REDUCES)
-    tpu: str | None = _flag(None, 'Name or address of a TPU, or "local".')
-    workers: tuple[str, ...] = _flag(
+    all_reduce: str = flag("auto", "How gradients travel.", ALL_REDUCES)
+    tpu: str | None = flag(None, 'Name or address of a TPU, or "local".')
+    workers: tuple[str, ...] = flag(
         (),
         "host:port of every process of the job, the same list everywhere. "
         "Default: from TF_CONFIG, srun or mpirun.",
     )
-    task_index: int | None = _flag(
+    task_index: int | None = flag(
         None,
         "Which of --workers this process is. Default: as Slurm, MPI or a "
         "Kubernetes Indexed Job tell.",
     )
-    startup_timeout: float = _flag(
+    startup_timeout: float = flag(
         300.0, "Seconds to wait for a worker that has not come."
     )
-    collective_timeout: float = _flag(
+    collective_timeout: float = flag(
         300.0,
         "Seconds without progress until all workers report where each one "
         "is, and end.",
     )
-    heartbeat_timeout: float = _flag(
+    heartbeat_timeout: float = flag(
         20.0, "Seconds without a sign of life until a worker counts as lost."
     )
-    precision: str = _flag(
+    precision: str = flag(
         "auto", "Dtypes; auto is the fastest safe one here.", PRECISIONS
     )
-    loss_scale: str = _flag(
+    loss_scale: str = flag(
         "auto",
         "auto (dynamic where the precision needs it), dynamic, none, or a "
         "number: a fixed scale.",
     )
-    loss_scale_initial: float | None = _flag(None, "First scale [32768].")
-    loss_scale_growth_interval: int | None = _flag(
+    loss_scale_initial: float | None = flag(None, "First scale [32768].")
+    loss_scale_growth_interval: int | None = flag(
         None, "Finite updates until the scale doubles [2000]."
     )
-    loss_scale_min: float | None = _flag(None, "Floor [2**-14].")
-    loss_scale_max: float | None = _flag(None, "Ceiling [2**24].")
-    jit_compile: bool = _flag(
+    loss_scale_min: float | None = flag(None, "Floor [2**-14].")
+    loss_scale_max: float | None = flag(None, "Ceiling [2**24].")
+    jit_compile: bool = flag(
         False, "Compiles the forward and backward pass with XLA."
     )
 
-    global_batch_size: int = _flag(
+    global_batch_size: int = flag(
         32, "Examples of one update, over all replicas."
     )
-    gradient_accumulation_steps: int = _flag(
+    gradient_accumulation_steps: int = flag(
         1,
         "Computes each update's gradient in so many parts, to save memory; "
         "the result is the same.",
     )
-    epochs: int | None = _flag(
-        None, f"Passes over the data [{DEFAULT_EPOCHS}]."
-    )
-    steps: int | None = _flag(
+    epochs: int | None = flag(None, f"Passes over the data [{DEFAULT_EPOCHS}].")
+    steps: int | None = flag(
         None,
         "Updates in all, instead of epochs; one epoch of that length, "
         "or epochs of steps_per_epoch.",
     )
-    steps_per_epoch: int | None = _flag(
+    steps_per_epoch: int | None = flag(
         None, "Updates in an epoch. Default: one pass over the data."
     )
-    steps_per_loop: str = _flag(
-        "auto", "Updates in one compiled call, or auto."
-    )
-    eval_steps: int | None = _flag(
+    steps_per_loop: str = flag("auto", "Updates in one compiled call, or auto.")
+    eval_steps: int | None = flag(
         None, "Batches of the test split to evaluate. Default: all."
     )
 
-    optimizer: str = _flag("adam", "A Keras optimizer.", OPTIMIZERS)
-    learning_rate: float | None = _flag(
+    optimizer: str = flag("adam", "A Keras optimizer.", OPTIMIZERS)
+    learning_rate: float | None = flag(
         None, "Peak learning rate [0.01 for --model=mlp, else 0.001]."
     )
-    momentum: float | None = _flag(None, "For sgd and rmsprop.")
-    warmup_steps: int = _flag(0, "Updates until the peak is reached.")
-    schedule: str = _flag(
+    momentum: float | None = flag(None, "For sgd and rmsprop.")
+    warmup_steps: int = flag(0, "Updates until the peak is reached.")
+    schedule: str = flag(
         "constant", "Learning rate after the warm-up.", SCHEDULES
     )
-    weight_decay: float | None = _flag(None, "Decoupled weight decay.")
-    global_clipnorm: float | None = _flag(
+    weight_decay: float | None = flag(None, "Decoupled weight decay.")
+    global_clipnorm: float | None = flag(
         None, "Clips the norm of the whole gradient."
     )
-    clipnorm: float | None = _flag(
+    clipnorm: float | None = flag(
         None, "Clips the norm of each variable's gradient."
     )
-    clipvalue: float | None = _flag(None, "Clips each gradient entry.")
-    ema: float | None = _flag(
+    clipvalue: float | None = flag(None, "Clips each gradient entry.")
+    ema: float | None = flag(
         None, "Momentum of the weights' moving average, say 0.999."
     )
-    ema_overwrite_frequency: int | None = _flag(
+    ema_overwrite_frequency: int | None = flag(
         None, "Updates between overwriting the weights by their average."
     )
 
-    seed: int = _flag(0, "Seed of weights, data order and random layers.")
-    deterministic: bool = _flag(
+    seed: int = flag(0, "Seed of weights, data order and random layers.")
+    deterministic: bool = flag(
         False, "Same bits every run, at some cost in speed."
     )
-    run_dir: str | None = _flag(
+    run_dir: str | None = flag(
         None, "Where results go. Default: runs/MODEL-DATASET."
     )
-    resume: str = _flag(
+    resume: str = flag(
         "auto",
         "auto goes on from run_dir's checkpoint if there is one, must fails "
         "if there is none, never starts anew and moves run_dir aside.",
         RESUMES,
     )
-    checkpoint_dir: str | None = _flag(
+    checkpoint_dir: str | None = flag(
         None,
         "Where checkpoints go; gs:// and the like too. Default: "
         "run_dir/checkpoints.",
     )
-    save_every_epochs: int = _flag(
+    save_every_epochs: int = flag(
         1, "Epochs between checkpoints; 0: only as the next two flags say."
     )
-    save_every_steps: int | None = _flag(None, "Updates between checkpoints.")
-    save_every_minutes: float | None = _flag(
+    save_every_steps: int | None = flag(None, "Updates between checkpoints.")
+    save_every_minutes: float | None = flag(
         None, "Minutes between checkpoints."
     )
-    keep_checkpoints: int = _flag(3, "The newest so many are kept.")
-    keep_best: str | None = _flag(
+    keep_checkpoints: int = flag(3, "The newest so many are kept.")
+    keep_best: str | None = flag(
         None,
         "The checkpoint that is best in this is kept too, say val_accuracy.",
     )
-    keep_every: int | None = _flag(
+    keep_every: int | None = flag(
         None, "Each so many-th checkpoint is kept for ever."
     )
-    initial_weights: str | None = _flag(
+    initial_weights: str | None = flag(
         None,
         "A new run starts from the weights in a .keras, .h5 or "
         ".safetensors file.",
     )
-    max_minutes: float | None = _flag(
+    max_minutes: float | None = flag(
         None, "Saves and stops after so long; start again to go on."
     )
-    rollback_on: tuple[str, ...] = _flag(
+    rollback_on: tuple[str, ...] = flag(
         (),
         "Goes back to the last good checkpoint, past the batches that did "
         "it, where the loss is not finite (nan) or jumps (spike).",
     )
-    max_rollbacks: int = _flag(3, "After so many, the next one is an error.")
-    rollback_lower: str = _flag(
+    max_rollbacks: int = flag(3, "After so many, the next one is an error.")
+    rollback_lower: str = flag(
         "nothing", "What is lowered at each rollback.", ROLLBACK_LOWERED
     )
-    rollback_factor: float = _flag(0.5, "What it is multiplied by.")
-    dry_run: bool = _flag(
+    rollback_factor: float = flag(0.5, "What it is multiplied by.")
+    dry_run: bool = flag(
         False, "Builds, traces one step, prints the plan, and exits."
     )
 
@@ -314,10 +322,7 @@ class TrainConfig:
                 )
 
     def _check_numbers(self) -> None:
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                _fail(name, "must be positive", value)
+        check_positive(self, *_POSITIVE)
         for name in (
             "num_logical_cpus",
             "warmup_steps",
@@ -510,6 +515,18 @@ _POSITIVE = (
     "collective_timeout",
     "heartbeat_timeout",
 )
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """Whether these settings are positive, or None.
+
+    Raises:
+        ConfigError: One is not.
+    """
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and not value > 0:
+            _fail(name, "must be positive", value)
 
 
 def _can_be_found(module: str) -> bool:

@@ -37,7 +37,7 @@ from typing import Any, TextIO
 from absl import flags
 
 from launch import host
-from launch.config import ConfigError, TrainConfig
+from launch.config import ConfigError, TrainConfig, flag
 from launch.findings import (
     ERROR,
     WARNING,
@@ -45,7 +45,7 @@ from launch.findings import (
     Report,
     describe_errors,
 )
-from launch.flags import define_flags, help_text, read_flags
+from launch.flags import read_command_line
 from launch.quiet import quiet_start
 
 _SECONDS_BESIDE_STARTUP = 30.0
@@ -64,10 +64,7 @@ def _as_in_training(name: str, default: Any = dataclasses.MISSING) -> Any:
 class DoctorConfig:
     """The settings: those of training that say where it runs."""
 
-    run_dir: str = dataclasses.field(
-        default="runs",
-        metadata={"help": "Where results would go.", "choices": ()},
-    )
+    run_dir: str = flag("runs", "Where results would go.")
     checkpoint_dir: str | None = _as_in_training("checkpoint_dir")
     devices: tuple[str, ...] = _as_in_training("devices")
     num_logical_cpus: int = _as_in_training("num_logical_cpus")
@@ -76,10 +73,7 @@ class DoctorConfig:
     startup_timeout: float = _as_in_training("startup_timeout", 30.0)
     collective_timeout: float = _as_in_training("collective_timeout", 30.0)
     heartbeat_timeout: float = _as_in_training("heartbeat_timeout")
-    json: bool = dataclasses.field(
-        default=False,
-        metadata={"help": "Prints JSON, not a table.", "choices": ()},
-    )
+    json: bool = flag(False, "Prints JSON, not a table.")
 
     def __post_init__(self) -> None:
         if "://" in self.run_dir:
@@ -110,17 +104,10 @@ def run() -> None:
 def main(argv: list[str]) -> int:
     """Reads the flags, examines, prints; returns the exit status."""
     environment = dict(os.environ)  # before anything of ours changes it
-    define_flags(DoctorConfig)
     try:
-        arguments = flags.FLAGS(argv)
-        if flags.FLAGS.help:
-            print(help_text(__doc__, DoctorConfig))
+        config = read_command_line(argv, DoctorConfig, __doc__)
+        if config is None:
             return 0
-        if arguments[1:]:
-            raise ConfigError(
-                f"flags start with --. Received {' '.join(arguments[1:])}."
-            )
-        config = read_flags(DoctorConfig, flags.FLAGS)
         report = Report()
         report.worker = config.task_index or 0
         _log_to(report)
@@ -168,10 +155,8 @@ def _try_out(report: Report, config: DoctorConfig, cluster: Any) -> None:
 
     devices = list(config.devices) or None
     if config.num_logical_cpus:
-        strategy_lib.use_logical_cpus(config.num_logical_cpus)
-        devices = devices or [
-            f"CPU:{index}" for index in range(config.num_logical_cpus)
-        ]
+        cpus = strategy_lib.use_logical_cpus(config.num_logical_cpus)
+        devices = devices or cpus
     if cluster is None:
         diagnosis.one_process(report, devices)
         return

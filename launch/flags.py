@@ -4,11 +4,12 @@ import dataclasses
 import textwrap
 import types
 import typing
+from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 from absl import flags
 
-from launch.config import TrainConfig
+from launch.config import ConfigError, TrainConfig
 
 _Config = TypeVar("_Config")
 
@@ -34,6 +35,39 @@ def define_flags(
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
         _define(field, hints[field.name], registry)
+
+
+def read_command_line(
+    argv: Sequence[str],
+    kind: type[_Config],
+    usage: str,
+    registry: flags.FlagValues = flags.FLAGS,
+) -> _Config | None:
+    """Defines the flags of a config and reads them.
+
+    Args:
+        argv: The program's name and arguments.
+        kind: As in `define_flags`.
+        usage: What --help begins with.
+        registry: Where the flags are defined.
+
+    Returns:
+        None if help was asked for and is printed.
+
+    Raises:
+        ConfigError: A setting is wrong; the message names the flag.
+        flags.Error: A flag is unknown or its value malformed.
+    """
+    define_flags(kind, registry)
+    _, *positional = registry(list(argv))
+    if registry["help"].value:
+        print(help_text(usage, kind))
+        return None
+    if positional:
+        raise ConfigError(
+            f"flags start with --. Received {' '.join(positional)}."
+        )
+    return read_flags(kind, registry)
 
 
 def config_from_flags() -> TrainConfig:

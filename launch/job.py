@@ -10,12 +10,12 @@ import re
 import shutil
 import subprocess
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from absl import flags
 
 from launch.config import ConfigError, TrainConfig
-from launch.flags import define_flags, help_text, read_flags
+from launch.flags import define_flags, read_command_line, read_flags
 
 # Statuses that ask to be started again; every other one is an end.
 RESTART = (
@@ -34,24 +34,6 @@ DEFAULT_RESTARTS = 20
 WRONG_SETTINGS = 2
 
 _Settings = TypeVar("_Settings")
-
-
-def flag(
-    default: Any,
-    text: str,
-    choices: tuple[str, ...] = (),
-    *,
-    is_repeated: bool = False,
-) -> Any:
-    """A field of settings that becomes a flag."""
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "help": text,
-            "choices": choices,
-            "is_repeated": is_repeated,
-        },
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,10 +74,8 @@ def read_settings(
         flags.Error: A flag is unknown or its value malformed.
     """
     own, rest = _split(list(argv))
-    registry = flags.FlagValues()
-    define_flags(kind, registry)
     try:
-        _, *positional = registry(own)
+        settings = read_command_line(own, kind, usage, flags.FlagValues())
     except flags.UnrecognizedFlagError as error:
         names = {field.name for field in dataclasses.fields(TrainConfig)}
         if error.flagname in names:
@@ -104,14 +84,7 @@ def read_settings(
                 "-- (two dashes on their own)."
             ) from error
         raise
-    if registry["help"].value:
-        print(help_text(usage, kind))
-        return None
-    if positional:
-        raise ConfigError(
-            f"flags start with --. Received {' '.join(positional)}."
-        )
-    return read_flags(kind, registry), tuple(rest)
+    return None if settings is None else (settings, tuple(rest))
 
 
 def read_training(
@@ -220,18 +193,6 @@ def named_values(
             raise ConfigError(f"--{flag_name} names {name} more than once.")
         values[name] = value
     return values
-
-
-def check_positive(settings: Any, *names: str) -> None:
-    """Whether these settings are positive, or None.
-
-    Raises:
-        ConfigError: One is not.
-    """
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and not value > 0:
-            raise ConfigError(f"--{name} must be positive. Received {value}.")
 
 
 def check_printable(name: str, text: str) -> None:

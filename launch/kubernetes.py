@@ -27,8 +27,7 @@ from absl import flags
 
 from launch import job as job_lib
 from launch import yaml_text
-from launch.config import ConfigError, TrainConfig
-from launch.job import flag
+from launch.config import ConfigError, TrainConfig, check_positive, flag
 
 KINDS = ("job", "tfjob")
 PORT = 2222
@@ -97,7 +96,7 @@ class KubernetesJob:
             raise ConfigError(
                 "--image is needed: one with dist_amp and your code."
             )
-        job_lib.check_positive(self, "workers", "grace_seconds", "max_hours")
+        check_positive(self, "workers", "grace_seconds", "max_hours")
         for name in ("gpus", "max_restarts"):
             if (getattr(self, name) or 0) < 0:
                 raise ConfigError(

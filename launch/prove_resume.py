@@ -125,19 +125,17 @@ def _defaults(train_flags: Sequence[str], n: int) -> list[str]:
 def _run(arguments: Sequence[str]) -> str:
     """One run, of one worker or several; returns worker 0's errors and log."""
     num_workers = flags.FLAGS.num_workers
-    ports = free_ports(num_workers)
-    workers = [f"127.0.0.1:{port}" for port in ports]
     is_killed = any(a.startswith("--kill_at") for a in arguments)
     module = "launch.prove_resume" if is_killed else "launch.train"
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
-            env=_environment(workers, index),
+            env={**os.environ, **variables},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for index in range(num_workers)
+        for variables in worker_environments(num_workers)
     ]
     try:
         # The last worker is the one that dies, and the others wait for it.
@@ -160,14 +158,22 @@ def _run(arguments: Sequence[str]) -> str:
     return logs[0] if logs else ""
 
 
-def _environment(workers: Sequence[str], index: int) -> dict[str, str]:
-    if len(workers) == 1:
-        return dict(os.environ)
-    cluster = {
-        "cluster": {"worker": list(workers)},
-        "task": {"type": "worker", "index": index},
-    }
-    return {**os.environ, "TF_CONFIG": json.dumps(cluster)}
+def worker_environments(number: int) -> list[dict[str, str]]:
+    """TF_CONFIG of each worker on this host; nothing for a single one."""
+    if number == 1:
+        return [{}]
+    workers = [f"127.0.0.1:{port}" for port in free_ports(number)]
+    return [
+        {
+            "TF_CONFIG": json.dumps(
+                {
+                    "cluster": {"worker": workers},
+                    "task": {"type": "worker", "index": index},
+                }
+            )
+        }
+        for index in range(number)
+    ]
 
 
 def free_ports(number: int) -> list[int]:
@@ -196,6 +202,8 @@ def _train_and_die(step: int) -> int:
     """Trains like launch.train, until a step; only the last worker dies."""
     import keras
 
+    from dist_amp import cluster
+
     config = config_from_flags()
 
     class Death(keras.callbacks.Callback):
@@ -213,9 +221,8 @@ def _train_and_die(step: int) -> int:
             del logs
             self.params["epoch"] = epoch
 
-    task = json.loads(os.environ.get("TF_CONFIG") or "{}")
-    num_workers = len(task.get("cluster", {}).get("worker", [0]))
-    is_last = task.get("task", {}).get("index", 0) == num_workers - 1
+    workers = cluster.find()
+    is_last = not workers or workers.task_index == workers.num_workers - 1
     run_dir = RunDir(config.directory, config.checkpoint_dir)
     return train(config, run_dir, [Death()])
 

@@ -27,8 +27,7 @@ from collections.abc import Iterator, Sequence
 from absl import flags
 
 from launch import job as job_lib
-from launch.config import ConfigError, TrainConfig
-from launch.job import flag
+from launch.config import ConfigError, TrainConfig, check_positive, flag
 
 # Of sbatch, with the flag here that does it.
 _OWN_OPTIONS = {
@@ -122,7 +121,7 @@ class SlurmJob:
     dry_run: bool = flag(False, "Prints the script instead of submitting it.")
 
     def __post_init__(self) -> None:
-        job_lib.check_positive(
+        check_positive(
             self, "nodes", "tasks_per_node", "cpus_per_task", "signal_seconds"
         )
         for name in ("gpus_per_task", "max_restarts"):

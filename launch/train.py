@@ -20,8 +20,8 @@ from typing import Any
 
 from absl import flags
 
-from launch.config import ConfigError, TrainConfig
-from launch.flags import config_from_flags, define_flags, help_text
+from launch.config import TrainConfig
+from launch.flags import read_command_line
 from launch.quiet import quiet_start
 from launch.run_dir import RunDir
 
@@ -39,17 +39,10 @@ def run() -> None:
 
 def main(argv: list[str]) -> int:
     """Reads the flags and trains; returns the process's exit status."""
-    define_flags()
     try:
-        arguments = flags.FLAGS(argv)
-        if flags.FLAGS.help:
-            print(help_text(__doc__))
+        config = read_command_line(argv, TrainConfig, __doc__)
+        if config is None:
             return 0
-        if arguments[1:]:
-            raise ConfigError(
-                f"flags start with --. Received {' '.join(arguments[1:])}."
-            )
-        config = config_from_flags()
         run_dir = RunDir(config.directory, config.checkpoint_dir)
         run_dir.check(config)
         return train(config, run_dir)

@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from dist_amp import rendezvous
+from dist_amp import cluster, rendezvous
 from dist_amp.cluster import ClusterSpec
 from dist_amp.rendezvous import RendezvousError, meet
 
@@ -38,6 +38,30 @@ def run(*calls):
     with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
         futures = [pool.submit(call) for call in calls]
     return [f.exception() or f.result() for f in futures]
+
+
+def connect(address):
+    """To one that may not listen yet."""
+    for _ in range(100):
+        try:
+            return socket.create_connection(
+                cluster.split_address(address), SECONDS
+            )
+        except ConnectionRefusedError:
+            threading.Event().wait(0.05)
+    raise AssertionError(f"nobody listens at {address}")
+
+
+def greeting_of_worker_1(addresses):
+    """What a process sends that says it is worker 1."""
+    greeting = {
+        "greeting": "dist_amp rendezvous 1",
+        "index": 1,
+        "workers": list(addresses),
+        "facts": {},
+        "news": {},
+    }
+    return json.dumps(greeting).encode() + b"\n"
 
 
 def worker(addresses, index, timeout=SECONDS, **facts):
@@ -115,25 +139,11 @@ def test_a_fact_that_only_one_knows():
 def test_two_processes_with_one_index():
     """On two hosts: on one the port is taken already."""
     addresses = free_addresses(3)
-    line = {
-        "greeting": "dist_amp rendezvous 1",
-        "index": 1,
-        "workers": list(addresses),
-        "facts": {},
-        "news": {},
-    }
     heard = []
 
     def twin():
-        host, port = addresses[0].split(":")
-        for _ in range(100):
-            try:
-                one = socket.create_connection((host, int(port)), SECONDS)
-                break
-            except ConnectionRefusedError:
-                threading.Event().wait(0.05)
-        with one:
-            one.sendall(json.dumps(line).encode() + b"\n")
+        with connect(addresses[0]) as one:
+            one.sendall(greeting_of_worker_1(addresses))
             heard.append(one.makefile().readline())
 
     results = run(worker(addresses, 0), worker(addresses, 1), twin)
@@ -203,17 +213,11 @@ def test_a_worker_that_cannot_take_part_says_so(index):
 def test_strangers_are_ignored():
     """A port scanner, a browser, and one that never ends its line."""
     addresses = free_addresses(2)
-    host, port = addresses[0].split(":")
     strangers = []
 
     def disturb():
         for said in (b"", b"GET / HTTP/1.1\n", b"[1]\n", b"x" * 1000):
-            for _ in range(100):
-                try:
-                    one = socket.create_connection((host, int(port)), SECONDS)
-                    break
-                except ConnectionRefusedError:
-                    threading.Event().wait(0.05)
+            one = connect(addresses[0])
             one.sendall(said)
             strangers.append(one)
         return meet(spec(addresses, 1), timeout=SECONDS)
@@ -243,24 +247,10 @@ def test_what_listens_there_is_no_worker():
 
 def test_a_worker_that_dies_while_it_waits_counts_as_missing():
     addresses = free_addresses(3)
-    line = {
-        "greeting": rendezvous._GREETING,
-        "index": 1,
-        "workers": list(addresses),
-        "facts": {},
-        "news": {},
-    }
 
     def die():
-        host, port = addresses[0].split(":")
-        for _ in range(100):
-            try:
-                one = socket.create_connection((host, int(port)), SECONDS)
-                break
-            except ConnectionRefusedError:
-                threading.Event().wait(0.05)
-        with one:
-            one.sendall(json.dumps(line).encode() + b"\n")
+        with connect(addresses[0]) as one:
+            one.sendall(greeting_of_worker_1(addresses))
 
     error, _ = run(worker(addresses, 0, 1.0), die)
     assert f"Missing: worker 1 ({addresses[1]}), worker 2" in str(error)

@@ -7,13 +7,14 @@ import sys
 
 import pytest
 
+from launch.prove_resume import worker_environments
 from tests.launch.train_test import environment
-from tests.multi_worker.processes import cluster_environments, end
+from tests.multi_worker.processes import end
 
 
 def start(cwds, *flags, environments=None):
     """A worker in each of the folders, and all their addresses."""
-    environments = environments or cluster_environments(len(cwds))
+    environments = environments or worker_environments(len(cwds))
     config = json.loads(environments[0]["TF_CONFIG"])
     workers = [
         subprocess.Popen(
@@ -59,7 +60,7 @@ def test_two_workers_that_are_well(tmp_path):
 
 def test_a_worker_that_does_not_come_is_named(tmp_path):
     """Worker 0's own port is fine, worker 1 comes, worker 2 does not."""
-    environments = cluster_environments(3)
+    environments = worker_environments(3)
     workers, addresses = start(
         [tmp_path] * 2, "--startup_timeout=10", environments=environments
     )
@@ -90,7 +91,7 @@ def test_a_worker_whose_storage_is_elsewhere_is_named(tmp_path):
 
 
 def test_a_worker_that_cannot_take_part_tells_the_others(tmp_path):
-    environments = cluster_environments(2)
+    environments = worker_environments(2)
     config = json.loads(environments[1]["TF_CONFIG"])
     host, port = config["cluster"]["worker"][1].split(":")
     with socket.create_server((host, int(port))):

@@ -215,8 +215,7 @@ def train(
 def main(folder: str, num_devices: str, *names: str) -> None:
     devices = None
     if int(num_devices) > 1:
-        strategy_lib.use_logical_cpus(int(num_devices))
-        devices = [f"CPU:{index}" for index in range(int(num_devices))]
+        devices = strategy_lib.use_logical_cpus(int(num_devices))
     strategy = dist_amp.make_strategy("multi_worker", devices=devices)
     index = strategy_lib.task_index(strategy)
     for name in names:

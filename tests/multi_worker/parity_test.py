@@ -7,10 +7,11 @@ import sys
 import numpy as np
 import pytest
 
+from launch.prove_resume import worker_environments
 from tests import support
 from tests.launch.train_test import environment
 from tests.multi_worker.parity_cases import CASES, train
-from tests.multi_worker.processes import cluster_environments, end
+from tests.multi_worker.processes import end
 
 FEW = ["float32", "float16", "embedding", "overflow last"]
 CLUSTERS = {
@@ -50,7 +51,7 @@ def trained(tmp_path_factory):
                     stderr=subprocess.PIPE,
                     text=True,
                 )
-                for variables in cluster_environments(num_workers)
+                for variables in worker_environments(num_workers)
             ]
             for status, _, errors in end(workers):
                 assert status == 0, errors

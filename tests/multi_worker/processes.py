@@ -1,26 +1,6 @@
 """Workers as processes on loopback."""
 
-import json
-
-from launch.prove_resume import free_ports
-
 SECONDS = 180
-
-
-def cluster_environments(number):
-    """TF_CONFIG of each worker of a cluster."""
-    addresses = [f"127.0.0.1:{port}" for port in free_ports(number)]
-    return [
-        {
-            "TF_CONFIG": json.dumps(
-                {
-                    "cluster": {"worker": addresses},
-                    "task": {"type": "worker", "index": index},
-                }
-            )
-        }
-        for index in range(number)
-    ]
 
 
 def end(workers):

@@ -7,8 +7,9 @@ import sys
 
 import pytest
 
+from launch.prove_resume import worker_environments
 from tests.launch.train_test import environment
-from tests.multi_worker.processes import cluster_environments, end
+from tests.multi_worker.processes import end
 
 
 def run(folder, fault):
@@ -28,7 +29,7 @@ def run(folder, fault):
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for variables in cluster_environments(2)
+            for variables in worker_environments(2)
         ]
     )
 

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from dist_amp import storage
+from launch.prove_resume import worker_environments
 from tests.launch.prove_resume_test import prove
 from tests.launch.train_test import SECONDS, command, environment
-from tests.multi_worker.processes import cluster_environments, end
+from tests.multi_worker.processes import end
 
 
 def start(cwd, *flags):
@@ -25,7 +26,7 @@ def start(cwd, *flags):
             stderr=subprocess.PIPE,
             text=True,
         )
-        for variables in cluster_environments(2)
+        for variables in worker_environments(2)
     ]
 
 
