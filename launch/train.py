@@ -74,7 +74,10 @@ def train(
         from launch import build
 
         devices = build.make_devices(config)
-    data = build.load_data(config)
+    # TFDS prints what it prepares, on the worker that comes first.
+    stdout = sys.stdout if devices.is_chief else sys.stderr
+    with contextlib.redirect_stdout(stdout):
+        data = build.load_data(config)
     trainer = build.make_trainer(config, devices, data)
     if config.dry_run:
         print(build.describe_plan(config, devices, data, trainer))
