@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 # What a worker does in each phase, as in "worker 2 has been ...".
 PHASES = {
-    "start": "starting",
+    "start": "making the model and its data",
     "compile": "tracing and compiling the step",
     "input": "waiting for input",
     "step": "in the step",
@@ -19,7 +19,10 @@ PHASES = {
     "checkpoint": "saving a checkpoint",
     "agreement": "ready for the next steps",
     "callbacks": "in callbacks or other code between two compiled calls",
+    "end": "past training",
 }
+# Of these a step is not known.
+OUTSIDE = ("start", "end")
 # Within these a worker may be waiting for another one.
 MAY_WAIT = ("step", "evaluation", "agreement")
 # No worker stays in these for ever unless something is wrong.
@@ -53,9 +56,24 @@ class Place:
     step: int
     seconds: float = 0.0
 
+    @property
+    def doing(self) -> str:
+        """What the worker does, as "waiting for input, at step 118"."""
+        what = PHASES[self.phase]
+        return what if self.is_outside else f"{what}, at step {self.step}"
+
+    @property
+    def is_outside(self) -> bool:
+        """Whether it is before or after training."""
+        return self.phase in OUTSIDE
+
+    @property
+    def must_end(self) -> bool:
+        """Whether it cannot last for ever unless something is wrong."""
+        return self.phase in MUST_END
+
     def __str__(self) -> str:
-        where = f"{PHASES[self.phase]}, at step {self.step}"
-        return f"{where}, for {self.seconds:.0f} s"
+        return f"{self.doing}, for {self.seconds:.0f} s"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +96,7 @@ class Beacon:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock = clock
         self._loop = _Loop("start")
+        self._broken: _Loop | None = None  # which an error has left
         self._step = 0
         self._seen: object = None
         self._seen_at = clock()
@@ -97,6 +116,8 @@ class Beacon:
     ) -> Iterator[None]:
         """What the code within does; the phase around it comes back.
 
+        Where an error ends everything, the place is kept.
+
         Args:
             name: One of `PHASES`.
             count: Reads the input of the compiled loop that runs within.
@@ -105,10 +126,15 @@ class Beacon:
         """
         before = self._loop
         self._loop = _Loop(name, count, taken, batches_per_step)
+        self._broken = None
+        is_outermost = before.phase in OUTSIDE
         try:
             yield
-        finally:
-            self._loop = before
+        except BaseException:
+            self._broken = self._broken or self._loop
+            self._loop = self._broken if is_outermost else before
+            raise
+        self._loop = _Loop("end") if is_outermost else before
 
     def read(self) -> Place:
         """The place now. One thread calls it often: it notices changes."""

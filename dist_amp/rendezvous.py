@@ -37,6 +37,10 @@ class RendezvousError(ValueError):
     """The workers did not all come, or do not agree."""
 
 
+class AbsentError(RendezvousError):
+    """A worker did not come, or could not: the next time it may be there."""
+
+
 @dataclasses.dataclass
 class _Guest:
     """A connection to worker 0, and what has come through it."""
@@ -66,9 +70,10 @@ def meet(
         The `news` of each worker, in their order, on every worker.
 
     Raises:
-        RendezvousError: A worker did not come, a host has no address, this
-            worker's port is taken, or lists of workers or facts differ. Says
-            which, on every worker that came.
+        AbsentError: A worker did not come, its host has no address yet, or
+            this worker's port is taken.
+        RendezvousError: A host has no address, or lists of workers or facts
+            differ. Both say whose, on every worker that came.
     """
     deadline = time.monotonic() + timeout
     _resolve_all(cluster, deadline)
@@ -85,7 +90,9 @@ def meet(
         else:
             verdict = _visit(cluster, greeting, deadline, timeout)
     if verdict["error"]:
-        raise RendezvousError(verdict["error"])
+        is_absent = verdict.get("is_absent", False)
+        kind = AbsentError if is_absent else RendezvousError
+        raise kind(verdict["error"])
     return verdict["news"]
 
 
@@ -142,7 +149,7 @@ def listen(cluster: ClusterSpec) -> socket.socket:
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
             raise
-        raise RendezvousError(
+        raise AbsentError(
             f"Port {port} of {cluster.name_of(cluster.task_index)} is taken "
             "on this host: a worker of an earlier run may still be there, or "
             "another process has this worker's index."
@@ -165,7 +172,9 @@ def _resolve_all(cluster: ClusterSpec, deadline: float) -> None:
                 break
             except OSError as error:
                 if not cluster.may_wait_for_names or _is_over(deadline):
-                    raise RendezvousError(
+                    waits = cluster.may_wait_for_names
+                    kind = AbsentError if waits else RendezvousError
+                    raise kind(
                         f"The host of {cluster.name_of(index)} has no "
                         f"address: {error.strerror}. Read from "
                         f"{cluster.source}."
@@ -204,6 +213,7 @@ class _Host:
         self._guests: list[_Guest] = []
         self._present: dict[int, _Guest] = {}
         self._error: str | None = None
+        self._is_absent = False
 
     def run(self) -> dict[str, Any]:
         """Returns the verdict that everyone was told."""
@@ -214,7 +224,11 @@ class _Host:
             self._error = self._error or self._refusal(0, self._own)
             present = [self._present[i] for i in sorted(self._present)]
             news = [self._own["news"], *(g.greeting["news"] for g in present)]
-            verdict = {"error": self._error, "news": news}
+            verdict = {
+                "error": self._error,
+                "is_absent": self._is_absent,
+                "news": news,
+            }
             self._tell_all(selector, verdict)
         return verdict
 
@@ -230,11 +244,13 @@ class _Host:
             if self._error:  # some are still on their way: tell them too
                 self._deadline = min(self._deadline, now + _SECONDS_TO_LINGER)
             if now >= self._deadline:
-                self._error = self._error or (
-                    f"Not all workers came within {now - begin:.0f} s "
-                    "(--startup_timeout). Missing: "
-                    f"{self._names(self._missing())}."
-                )
+                if self._error is None:
+                    self._is_absent = True
+                    self._error = (
+                        f"Not all workers came within {now - begin:.0f} s "
+                        "(--startup_timeout). Missing: "
+                        f"{self._names(self._missing())}."
+                    )
                 return
             if now >= next_news:
                 next_news = now + _SECONDS_BETWEEN_NEWS
@@ -386,7 +402,7 @@ def _visit(
             next_news += _SECONDS_BETWEEN_NEWS
             _log.info("waiting for %s: %s", cluster.name_of(0), why)
         time.sleep(_SECONDS_BETWEEN_TRIES)
-    raise RendezvousError(
+    raise AbsentError(
         f"{cluster.name_of(0)} did not answer within {timeout:.0f} s "
         f"(--startup_timeout): {why}. Is it started, is the address right, "
         "and is the port open?"

@@ -24,7 +24,7 @@ import tensorflow as tf
 
 from dist_amp import coordination
 from dist_amp import strategy as strategy_lib
-from dist_amp.beacon import MUST_END, Beacon, Place, explain
+from dist_amp.beacon import Beacon, Place, explain
 from dist_amp.preemption import EXIT_STATUS
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class PeerError(RuntimeError):
 
 
 class Watchdog:
-    """Watches one `fit` or `evaluate` on several workers; on one, nothing.
+    """Watches what several workers do together, as one `fit`; on one, nothing.
 
     Args:
         strategy: Whose workers they are.
@@ -61,7 +61,8 @@ class Watchdog:
         self._beacon = beacon
         self._index = strategy_lib.task_index(strategy)
         self._names = strategy_lib.worker_names(strategy)
-        self._limit = strategy_lib.timeouts_of(strategy).collective
+        timeouts = strategy_lib.timeouts_of(strategy)
+        self._limit, self._silence = timeouts.collective, timeouts.heartbeat
         self._report_dir = report_dir
         self._news_at = min(_SECONDS_UNTIL_NEWS, self._limit / 2)
         self._next_news = self._news_at
@@ -97,9 +98,14 @@ class Watchdog:
 
     def _tell_why(self, error: BaseException, cause: str | None) -> None:
         """Passes an error on to the others, and raises what it means here."""
-        me, step = self._names[self._index], self._beacon.read().step
+        me, place = self._names[self._index], self._beacon.read()
         if cause is None:
-            coordination.fail(f"{me} failed at step {step}: {gist_of(error)}")
+            where = (
+                f"while {place.doing}"
+                if place.is_outside
+                else (f"at step {place.step}")
+            )
+            coordination.fail(f"{me} failed {where}: {gist_of(error)}")
             raise error
         coordination.fail(cause)  # who hears only of us should know, too
         raise PeerError(f"{cause}. {me} cannot go on alone.") from error
@@ -116,6 +122,12 @@ class Watchdog:
         is_collective = "ollective" in text or "oordination" in text
         if not is_collective or found is None:
             return None
+        silent = text.partition("stopped sending heartbeats")[2]
+        if silent:
+            found = _TASK.search(silent) or found
+            seconds = f"{self._silence:.0f} s (--heartbeat_timeout)"
+            lost = self._names[int(found[1])]
+            return f"{lost} was lost: it gave no sign of life for {seconds}"
         lost = self._names[int(found[1])]
         why = re.search(r"aborted by: (?!.*aborted by: )(.*)", text)
         return f"{lost} was lost: {why[1] if why else text.splitlines()[0]}"
@@ -133,8 +145,8 @@ class Watchdog:
             if self._declared:
                 self._report(self._declared)
                 self._finish()
-            is_too_long = place.seconds >= self._limit
-            if is_too_long and place.phase in MUST_END and not is_over.is_set():
+            is_too_long = place.seconds >= self._limit and place.must_end
+            if is_too_long and not is_over.is_set():
                 self._declare()
             self._tell_news(place)
 
@@ -200,6 +212,19 @@ class Watchdog:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(EXIT_STATUS["hang"])
+
+
+def watching(
+    strategy: tf.distribute.Strategy,
+) -> contextlib.AbstractContextManager[None]:
+    """Watches what comes before training, where workers make their models.
+
+    One that fails there is named by the others, as `Watchdog` does it.
+
+    Raises:
+        PeerError: Another worker failed or was lost.
+    """
+    return Watchdog(strategy, Beacon()).watching()
 
 
 def gist_of(error: BaseException) -> str:

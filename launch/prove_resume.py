@@ -18,7 +18,6 @@ import os
 import random
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -32,14 +31,14 @@ from launch.flags import config_from_flags, define_flags, help_text
 from launch.quiet import start_tensorflow
 from launch.run_dir import RunDir
 from launch.train import train
+from launch.worker_process import worker_environments
 
 _OWN_FLAGS = """
 Its own flags; all others are those of launch.train:
   --num_updates
       N: updates before the earliest kill, and after them. [20]
   --num_workers
-      Processes on this host, under MultiWorkerMirroredStrategy. Their servers
-      listen on every interface: run it where nobody else can connect. [1]
+      Processes on this host, under MultiWorkerMirroredStrategy. [1]
   --onto
       Flags of launch.train for the rest of the killed run.
   --minutes
@@ -156,33 +155,6 @@ def _run(arguments: Sequence[str]) -> str:
             f"a run ended with {codes} instead of {wanted}:\n{''.join(logs)}"
         )
     return logs[0] if logs else ""
-
-
-def worker_environments(number: int) -> list[dict[str, str]]:
-    """TF_CONFIG of each worker on this host; nothing for a single one."""
-    if number == 1:
-        return [{}]
-    workers = [f"127.0.0.1:{port}" for port in free_ports(number)]
-    return [
-        {
-            "TF_CONFIG": json.dumps(
-                {
-                    "cluster": {"worker": workers},
-                    "task": {"type": "worker", "index": index},
-                }
-            )
-        }
-        for index in range(number)
-    ]
-
-
-def free_ports(number: int) -> list[int]:
-    """Ports of 127.0.0.1 that nobody listens on now."""
-    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(number)]
-    ports = [one.getsockname()[1] for one in sockets]
-    for one in sockets:
-        one.close()
-    return ports
 
 
 def _own_flags_removed(arguments: Sequence[str]) -> list[str]:

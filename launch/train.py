@@ -11,10 +11,14 @@ the machine die under it, and start it again: it goes on where it was.
 
 import contextlib
 import faulthandler
+import functools
 import logging
 import os
+import pathlib
+import re
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,6 +26,7 @@ from absl import flags
 
 from launch.config import TrainConfig
 from launch.flags import read_command_line
+from launch.heartbeat import Beat, Heart
 from launch.quiet import quiet_start
 from launch.run_dir import RunDir
 
@@ -29,7 +34,11 @@ from launch.run_dir import RunDir
 def run() -> None:
     """Entry point of the console command; never returns."""
     sys.path.insert(0, os.getcwd())  # as `python -m` does: the user's modules
-    status = main(sys.argv)
+    try:
+        status = main(sys.argv)
+    except Exception:
+        traceback.print_exc()
+        status = 1
     sys.stdout.flush()
     sys.stderr.flush()
     if status:  # TensorFlow's teardown may wait for workers that are gone
@@ -47,6 +56,8 @@ def main(argv: list[str]) -> int:
         run_dir.check(config)
         return train(config, run_dir)
     except (flags.Error, ValueError, FloatingPointError) as error:
+        if not _is_ours(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before or after the training itself
@@ -69,28 +80,56 @@ def train(
     _configure_logging()
     # For whoever finds it hanging: `kill -USR2` shows the stacks.
     faulthandler.register(signal.SIGUSR2, all_threads=True)
+    heart = Heart()
+    with heart.beating():
+        return _train(config, run_dir, callbacks, heart)
+
+
+def _train(
+    config: TrainConfig,
+    run_dir: RunDir,
+    callbacks: Sequence[Any],
+    heart: Heart,
+) -> int:
     with quiet_start():
-        from dist_amp import preemption, watchdog  # imports TensorFlow
+        from dist_amp import preemption, rendezvous, watchdog  # and TensorFlow
         from launch import build
 
-        devices = build.make_devices(config)
-    # TFDS prints what it prepares, on the worker that comes first.
-    stdout = sys.stdout if devices.is_chief else sys.stderr
-    with contextlib.redirect_stdout(stdout):
-        data = build.load_data(config)
-    trainer = build.make_trainer(config, devices, data)
-    if config.dry_run:
-        print(build.describe_plan(config, devices, data, trainer))
-        return 0
-    build.load_initial_weights(config, run_dir, data, trainer)
-    trainer.report_dir = run_dir.path
+        try:
+            devices = build.make_devices(config)
+        except rendezvous.AbsentError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return preemption.exit_status("peer")
     try:
+        with watchdog.watching(devices.strategy):
+            data, trainer = _build(config, run_dir, devices)
+        heart.read = functools.partial(_beat, trainer.beacon)
+        if config.dry_run:
+            print(build.describe_plan(config, devices, data, trainer))
+            return 0
         _fit(config, run_dir, devices, data, trainer, callbacks)
     except watchdog.PeerError as error:
         print(f"error: {error}", file=sys.stderr)
         return preemption.exit_status("peer")
     reason = trainer.stop_reason
     return preemption.exit_status(reason) if reason else 0
+
+
+def _build(
+    config: TrainConfig, run_dir: RunDir, devices: Any
+) -> tuple[Any, Any]:
+    """Data and trainer, with the weights that it starts from."""
+    from launch import build
+
+    # TFDS prints what it prepares, on the worker that comes first.
+    stdout = sys.stdout if devices.is_chief else sys.stderr
+    with contextlib.redirect_stdout(stdout):
+        data = build.load_data(config)
+    trainer = build.make_trainer(config, devices, data)
+    if not config.dry_run:
+        build.load_initial_weights(config, run_dir, data, trainer)
+    trainer.report_dir = run_dir.path
+    return data, trainer
 
 
 def _fit(
@@ -160,6 +199,32 @@ def _conclude(
     lines = [] if results is None else [build.describe_average(results)]
     size = build.describe_checkpoints(run_dir.checkpoints)
     return "\n".join([*lines, f"results are in {run_dir.path} ({size})"])
+
+
+def _beat(beacon: Any) -> Beat:
+    """What the launcher is told every second."""
+    place = beacon.read()
+    return Beat(place.doing, place.seconds, place.must_end)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether an error was raised here, and so speaks for itself.
+
+    One from within a model or data of the user's needs its traceback.
+    """
+    if isinstance(error, flags.Error):
+        return True
+    # TensorFlow puts the places of an error in traced code into its text.
+    files = re.findall(r'^ +File "(.+?)", line', str(error), re.MULTILINE)
+    if not files:
+        frames = traceback.extract_tb(error.__traceback__)
+        files = [frame.filename for frame in frames]
+    launch = pathlib.Path(__file__).resolve().parent
+    innermost = pathlib.Path(files[-1]).resolve()
+    return any(
+        innermost.is_relative_to(folder)
+        for folder in (launch, launch.parent / "dist_amp")
+    )
 
 
 def _configure_logging() -> None:

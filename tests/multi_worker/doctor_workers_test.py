@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from launch.prove_resume import worker_environments
+from launch.worker_process import worker_environments
 from tests.launch.train_test import environment
 from tests.multi_worker.processes import end
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from launch.prove_resume import worker_environments
+from launch.worker_process import worker_environments
 from tests import support
 from tests.launch.train_test import environment
 from tests.multi_worker.parity_cases import CASES, train

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dist_amp import storage
-from launch.prove_resume import worker_environments
+from launch.worker_process import worker_environments
 from tests.launch.prove_resume_test import prove
 from tests.launch.train_test import SECONDS, command, environment
 from tests.multi_worker.processes import end

@@ -1,0 +1,151 @@
+"""Which worker failed first, and what of: for people, in a few lines.
+
+Standard library only.
+"""
+
+import re
+import signal
+from collections.abc import Sequence
+
+from launch.worker_process import Ending
+
+PEER, HANG = 129, 142
+_LINES_SHOWN = 30
+# Between the tracebacks of an exception and of what it led to.
+_MARKS = re.compile(r"[ ^~]*")
+_LINKS = ("The above exception was", "During handling of the above")
+_MEANINGS = {
+    0: "it was done",
+    1: "an exception",
+    2: "wrong settings",
+    PEER: "another worker failed or was lost",
+    HANG: "no progress",
+    138: "asked to stop by SIGUSR1 or --max_minutes",
+    143: "asked to stop by SIGTERM",
+    -signal.SIGKILL: "the kernel does that if memory runs out",
+    -signal.SIGSEGV: "a fault of native code",
+    -signal.SIGABRT: "native code gave up",
+    -signal.SIGBUS: "a file or memory went away under it",
+}
+
+
+def first_to_fail(
+    endings: Sequence[Ending], hung: int | None = None
+) -> Ending | None:
+    """The worker whose fault it was; None if all ended well.
+
+    Args:
+        endings: Of all workers.
+        hung: Index of a worker that gave no sign of life, if there was one.
+    """
+    failed = sorted(
+        (e for e in endings if e.status != 0), key=lambda e: e.seconds
+    )
+    if hung is None and failed and failed[0].status == HANG:
+        hung = _who_held_up(failed[0])
+    is_hung = [e for e in failed if e.index == hung]
+    own = [
+        e
+        for e in failed
+        if e.status not in (PEER, -signal.SIGTERM) and not e.killed
+    ]
+    # One that had to be killed kept the others waiting.
+    kept_others = [e for e in failed if e.killed]
+    return next(iter([*is_hung, *own, *kept_others, *failed]), None)
+
+
+def exit_status(ending: Ending) -> int:
+    """As a shell would give it: 128 and more for a signal."""
+    return 128 - ending.status if ending.status < 0 else ending.status
+
+
+def describe(
+    first: Ending, endings: Sequence[Ending], *, why: str = "", log: str = ""
+) -> str:
+    """Some lines on a failure.
+
+    Args:
+        first: The worker that failed first.
+        endings: Of all workers.
+        why: What the launcher knows of it beyond its end.
+        log: Where its output is.
+    """
+    what = why or _status_in_words(first)
+    verb = "held up the others" if first.status == HANG else "failed first"
+    lines = [
+        f"worker {first.index} {verb}, {first.seconds:.0f} s after the start: "
+        f"{what}. {first.silent_seconds:.1f} s before its end it was "
+        f"{first.beat.place}."
+    ]
+    lines += [f"  | {line}" for line in excerpt(first.lines)]
+    lines += [
+        f"  then worker {e.index}: {_status_in_words(e)}, "
+        f"{e.seconds:.0f} s after the start"
+        for e in sorted(endings, key=lambda e: e.seconds)
+        if e.index != first.index and e.status != 0
+    ]
+    if log:
+        lines.append(f"  all that worker {first.index} said: {log}")
+    return "\n".join(lines)
+
+
+def _who_held_up(ending: Ending) -> int | None:
+    """Whom a worker names that ended since nothing went on."""
+    for line in ending.lines:
+        found = re.match(r"no progress for [^:]*timeout\): worker (\d+)", line)
+        if found:
+            return int(found[1])
+    return None
+
+
+def excerpt(lines: Sequence[str]) -> Sequence[str]:
+    """What of a worker's last lines tells why: a traceback, or an error."""
+    lines = [line for line in lines if line and not _MARKS.fullmatch(line)]
+    for sign in ("Traceback (most recent call", "no progress for ", "error: "):
+        starts = [i for i, line in enumerate(lines) if line.startswith(sign)]
+        if starts and sign.startswith("Traceback"):
+            end = starts[-1] + len(_to_its_end(lines[starts[-1] :]))
+            return _shortened(lines[_start_of_chain(lines, starts) : end])
+        if starts:
+            return [lines[starts[-1]]]
+    return lines[-3:]
+
+
+def _to_its_end(lines: Sequence[str]) -> list[str]:
+    """A traceback and its last line: the first that is not indented."""
+    taken = [lines[0]]
+    for line in lines[1:]:
+        taken.append(line)
+        if not line.startswith((" ", "\t")):
+            break
+    return taken
+
+
+def _start_of_chain(lines: Sequence[str], starts: Sequence[int]) -> int:
+    """Where the first traceback begins of those that led to the last one."""
+    *earlier, start = starts
+    for previous in reversed(earlier):
+        between = lines[max(previous, start - 3) : start]
+        if not any(line.startswith(_LINKS) for line in between):
+            break
+        start = previous
+    return start
+
+
+def _shortened(lines: Sequence[str]) -> Sequence[str]:
+    if len(lines) <= _LINES_SHOWN:
+        return lines
+    half = _LINES_SHOWN // 2
+    left_out = len(lines) - 2 * half
+    return [*lines[:half], f"  ({left_out} lines)", *lines[-half:]]
+
+
+def _status_in_words(ending: Ending) -> str:
+    if ending.killed:
+        return f"killed, since {ending.killed}"
+    status = ending.status
+    name = f"exit status {status}"
+    if status < 0:
+        name = f"killed by {signal.Signals(-status).name}"
+    meaning = _MEANINGS.get(status)
+    return f"{name} ({meaning})" if meaning else name
