@@ -35,6 +35,9 @@ _SECONDS_UNTIL_NEWS = 30.0
 _SECONDS_FOR_REPORTS = 5.0
 _HANG = "dist_amp/hang"
 _STANDSTILL = "no progress for "
+# How TensorFlow says that a worker is not heard, or worker 0 by this one.
+_SILENT = "stopped sending heartbeats"
+_NO_ANSWER = "CoordinationService/Heartbeat"
 _TASK = re.compile(r"/job:worker/(?:replica:0/)?task:(\d+)")
 
 
@@ -118,19 +121,21 @@ class Watchdog:
         if coordination.FAILURE in text:
             said = text.partition(coordination.FAILURE)[2]
             return said.partition("\nThe error could be")[0].strip()
-        found = _TASK.search(text)
-        is_collective = "ollective" in text or "oordination" in text
-        if not is_collective or found is None:
+        if "ollective" not in text and "oordination" not in text:
             return None
-        silent = text.partition("stopped sending heartbeats")[2]
-        if silent:
-            found = _TASK.search(silent) or found
-            seconds = f"{self._silence:.0f} s (--heartbeat_timeout)"
-            lost = self._names[int(found[1])]
-            return f"{lost} was lost: it gave no sign of life for {seconds}"
-        lost = self._names[int(found[1])]
-        why = re.search(r"aborted by: (?!.*aborted by: )(.*)", text)
-        return f"{lost} was lost: {why[1] if why else text.splitlines()[0]}"
+        silence = f"it gave no sign of life for {self._silence:.0f} s"
+        silence += " (--heartbeat_timeout)"
+        if _SILENT in text:
+            why, found = silence, _TASK.search(text.partition(_SILENT)[2])
+        elif _NO_ANSWER in text:  # to this worker, from the one that leads
+            return f"{self._names[0]} was lost: {silence}"
+        else:
+            found = _TASK.search(text)
+            aborted = re.search(r"aborted by: (?!.*aborted by: )(.*)", text)
+            why = aborted[1] if aborted else text.splitlines()[0]
+        return (
+            f"{self._names[int(found[1])]} was lost: {why}" if found else None
+        )
 
     # ----------------------------------------------------------- standstills
 

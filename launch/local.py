@@ -15,6 +15,7 @@ import dataclasses
 import os
 import pathlib
 import re
+import signal
 import sys
 from collections.abc import Sequence
 
@@ -26,13 +27,13 @@ from launch.attempt import Attempt
 from launch.config import ConfigError, check_positive, flag
 from launch.guardian import Guardian
 from launch.isolation import isolate
-from launch.worker_process import Start, worker_environments
+from launch.worker_process import Ending, Start, worker_environments
 
 # The workers' own watchdog is to speak first.
 _SECONDS_BEYOND_WATCHDOG = 30.0
 # What programs say that found no network.
 _NETWORK_ERROR = re.compile(
-    r"resolve|resolution|unreachable|not known|connection|urlopen", re.I
+    r"resolv|resolution|unreachable|service not known|urlopen|proxy", re.I
 )
 
 
@@ -109,11 +110,13 @@ def main(argv: list[str]) -> int:
         if settings is None:
             return 0
         job, arguments = settings
-        plan = _make_plan(job, job_lib.read_training(arguments))
+        plan = make_plan(job, job_lib.read_training(arguments))
         return _train(job, plan)
     except (flags.Error, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return job_lib.WRONG_SETTINGS
+    except KeyboardInterrupt:  # while no worker was running
+        return 128 + signal.SIGINT
 
 
 # ---------------------------------------------------------------- what to run
@@ -156,8 +159,12 @@ class Plan:
         return starts
 
 
-def _make_plan(job: LocalJob, training: job_lib.Training) -> Plan:
-    """Divides the devices, and checks what can be checked beforehand."""
+def make_plan(job: LocalJob, training: job_lib.Training) -> Plan:
+    """Divides the devices, and checks what can be checked beforehand.
+
+    Raises:
+        ConfigError: The settings do not suit each other or this host.
+    """
     gpus = _divided_gpus(job)
     has_own_devices = (
         training.config.devices or training.config.num_logical_cpus
@@ -218,7 +225,7 @@ def _isolate(job: LocalJob, training: job_lib.Training) -> bool:
     """Whether the workers have a network of their own; says if not."""
     if job.isolate_network == "never" or job.num_workers == 1:
         return False
-    elsewhere = _what_is_elsewhere(training)
+    elsewhere = what_is_elsewhere(training)
     if job.isolate_network == "auto" and elsewhere:
         why = f"{elsewhere} may need the network"
     else:
@@ -235,7 +242,8 @@ def _isolate(job: LocalJob, training: job_lib.Training) -> bool:
     return False
 
 
-def _what_is_elsewhere(training: job_lib.Training) -> str | None:
+def what_is_elsewhere(training: job_lib.Training) -> str | None:
+    """The flag whose data or folder may be on another host; None: none is."""
     config = training.config
     for argument in training.arguments:
         if "://" in argument:
@@ -253,51 +261,58 @@ def _what_is_elsewhere(training: job_lib.Training) -> str | None:
 
 def _train(job: LocalJob, plan: Plan) -> int:
     """Starts the workers, and again where they fail."""
-    config = plan.training.config
     plan.logs.mkdir(parents=True, exist_ok=True)
     is_isolated = _isolate(job, plan.training)
     guardian = Guardian()
     slots = list(range(job.num_workers))
     num_restarts = 0
     while True:
-        attempt = Attempt(
-            guardian,
-            hang_timeout=config.collective_timeout + _SECONDS_BEYOND_WATCHDOG,
-            silence_timeout=job.silence_timeout,
-            leave_timeout=job.leave_timeout,
-        )
+        attempt = _make_attempt(job, plan, guardian)
         endings = attempt.run(plan.starts(slots))
         first = post_mortem.first_to_fail(endings, attempt.hung)
-        if first is None:
-            return 0
-        status = post_mortem.exit_status(first)
+        status = post_mortem.exit_status(first) if first else 0
+        if first is None or status in job_lib.STOPPED:
+            return status
         if attempt.asked is not None:
             return 128 + attempt.asked
-        if status in job_lib.STOPPED:
-            return status
         log = str(plan.logs / f"worker-{first.index}.log")
         _say(post_mortem.describe(first, endings, why=attempt.why, log=log))
+        if is_isolated:
+            _explain_network(first)
         if status not in job_lib.RESTART:
-            if is_isolated and _NETWORK_ERROR.search(
-                "\n".join(post_mortem.excerpt(first.lines))
-            ):
-                _explain_network()
             return status
         if num_restarts == job.max_restarts:
             _say(f"restarted {num_restarts} times (--max_restarts): that is it")
             return status
         num_restarts += 1
-        slots = _slots_left(job, plan, slots, first.index)
+        slots = slots_left(job, plan, slots, first.index)
         _say(
             f"starts again from the last checkpoint on {len(slots)} workers "
             f"({num_restarts} of {job.max_restarts})"
         )
 
 
-def _slots_left(
+def _make_attempt(job: LocalJob, plan: Plan, guardian: Guardian) -> Attempt:
+    limit = plan.training.config.collective_timeout
+    return Attempt(
+        guardian,
+        hang_timeout=limit + _SECONDS_BEYOND_WATCHDOG,
+        silence_timeout=job.silence_timeout,
+        leave_timeout=job.leave_timeout,
+    )
+
+
+def slots_left(
     job: LocalJob, plan: Plan, slots: list[int], failed: int
 ) -> list[int]:
-    """The places of the next attempt's workers."""
+    """Whose cores or GPUs the next attempt's workers have.
+
+    Args:
+        job: The settings.
+        plan: What is started.
+        slots: Those of this attempt, by the worker's index.
+        failed: The worker that failed first.
+    """
     left = [slot for index, slot in enumerate(slots) if index != failed]
     config = plan.training.config
     while len(left) >= (job.min_workers or job.num_workers):
@@ -313,11 +328,13 @@ def _slots_left(
     return slots
 
 
-def _explain_network() -> None:
-    _say(
-        "the workers had a network of nothing but loopback; if they need more, "
-        "pass --isolate_network=never"
-    )
+def _explain_network(first: Ending) -> None:
+    """Says why there was no network, if that may be why a worker failed."""
+    if _NETWORK_ERROR.search("\n".join(post_mortem.excerpt(first.lines))):
+        _say(
+            "the workers had a network of nothing but loopback; if they need "
+            "more, pass --isolate_network=never"
+        )
 
 
 def _say(text: str) -> None:

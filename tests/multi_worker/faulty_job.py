@@ -5,6 +5,7 @@ FAULTY_WORKER, FAULTY_BATCH, and MARK, a file that keeps it from happening
 twice.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -40,12 +41,12 @@ _FAULTS = {
 
 
 def _happens(name):
-    mark = pathlib.Path(os.environ.get("MARK", os.devnull))
-    is_now = os.environ.get("FAULT") == name and _is_here()
-    if not is_now or mark.is_file():
+    if os.environ.get("FAULT") != name:
         return False
-    if "MARK" in os.environ:
-        mark.touch()
+    mark = pathlib.Path(os.environ["MARK"])
+    if mark.exists() or not _is_here():
+        return False
+    mark.touch()
     return True
 
 
@@ -67,10 +68,11 @@ def data(split, global_batch_size):
     x = random.standard_normal(shape, dtype=np.float32)
     y = x[..., :3].argmax(-1).astype(np.int32)
     faulty_batch = int(os.environ.get("FAULTY_BATCH", -1))
+    taken = itertools.count()  # of all passes
 
     def batches():
         for number in range(NUM_BATCHES):
-            if split == "train" and number == faulty_batch:
+            if split == "train" and next(taken) == faulty_batch:
                 for name, happen in _FAULTS.items():
                     if _happens(name):
                         happen()

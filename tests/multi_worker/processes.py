@@ -1,5 +1,8 @@
 """Workers as processes on loopback."""
 
+import contextlib
+import time
+
 SECONDS = 180
 
 
@@ -14,3 +17,16 @@ def end(workers):
         (worker.returncode, *result)
         for worker, result in zip(workers, results, strict=True)
     ]
+
+
+def assert_gone(pid):
+    deadline = time.monotonic() + SECONDS
+    while time.monotonic() < deadline:
+        with (
+            contextlib.suppress(FileNotFoundError),
+            open(f"/proc/{pid}/stat") as file,
+        ):
+            if file.read().rpartition(")")[2].split()[0] != "Z":
+                continue
+        return
+    raise AssertionError(f"process {pid} is still there")
