@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import tensorflow as tf
 
 from dist_amp import strategy as strategy_lib
@@ -20,6 +21,8 @@ class StopRequest:
 
     Attributes:
         reason: What was agreed on; None to go on.
+        shared: The `numbers` of each worker at the last `agree`, int64
+            `[num_workers, len(numbers)]`; empty on one worker.
     """
 
     def __init__(
@@ -30,6 +33,7 @@ class StopRequest:
         self._is_alone = strategy_lib.num_workers(strategy) == 1
         self._asked: str | None = None
         self.reason: str | None = None
+        self.shared = np.zeros((1, 0), np.int64)
 
     def ask(self, reason: str) -> None:
         """Safe in a signal handler; heard by the next `agree`."""
@@ -39,12 +43,19 @@ class StopRequest:
         """Forgets what was asked and agreed on."""
         self._asked = self.reason = None
 
-    def agree(self, length: int = 1, *, is_due: bool = False) -> tuple:
+    def agree(
+        self,
+        length: int = 1,
+        *,
+        is_due: bool = False,
+        numbers: Sequence[int] = (),
+    ) -> tuple:
         """All workers call it at the same place of the program.
 
         Args:
             length: How many steps this worker would put in the next call.
             is_due: Whether this worker finds that something is due.
+            numbers: For `shared`; as many on every worker.
 
         Returns:
             The smallest length, and whether any worker finds it due.
@@ -53,9 +64,10 @@ class StopRequest:
             self.reason = self._asked
             return length, is_due
         text = (self._asked or "").encode()[:_REASON_BYTES]
-        numbers = [length, int(is_due), *_packed(text)]
+        mine = [length, int(is_due), *_packed(text), *numbers]
         with self._beacon.phase("agreement"):
-            rows = strategy_lib.gather_workers(self._strategy, numbers)
+            rows = strategy_lib.gather_workers(self._strategy, mine)
+        rows, self.shared = np.split(rows, [len(mine) - len(numbers)], axis=1)
         reasons = [_unpacked(row[2:]) for row in rows]
         self.reason = next(filter(None, reasons), None)
         return int(rows[:, 0].min()), bool(rows[:, 1].any())

@@ -91,6 +91,10 @@ class Beacon:
 
     Args:
         clock: Seconds, as `time.monotonic`.
+
+    Attributes:
+        looks: How often `read` found it in a compiled loop,
+        starved_looks: and how often the loop had no batch then.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -100,6 +104,7 @@ class Beacon:
         self._step = 0
         self._seen: object = None
         self._seen_at = clock()
+        self.looks = self.starved_looks = 0
 
     def at_step(self, step: int) -> None:
         """Sets the number of updates attempted so far."""
@@ -136,6 +141,10 @@ class Beacon:
             raise
         self._loop = _Loop("end") if is_outermost else before
 
+    def start(self) -> None:
+        """Somebody begins to watch: what has not changed counts from now."""
+        self._seen_at = self._clock()
+
     def read(self) -> Place:
         """The place now. One thread calls it often: it notices changes."""
         loop, step = self._loop, self._step + 1
@@ -151,6 +160,8 @@ class Beacon:
             if phase != "evaluation":
                 step += finished
             phase = "input" if counts.is_starved else phase
+            self.looks += 1
+            self.starved_looks += counts.is_starved
         seen = (phase, step, counts)
         if seen != self._seen:
             self._seen, self._seen_at = seen, self._clock()

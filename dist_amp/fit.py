@@ -25,6 +25,7 @@ from dist_amp.rollback import (
     call_loss,
 )
 from dist_amp.steps import Steps
+from dist_amp.stragglers import Stragglers
 from dist_amp.stream import Stream, counts_of
 
 _log = logging.getLogger(__name__)
@@ -102,6 +103,13 @@ class Fit:
         self._rollback = rollback
         self._info = info
         self._beacon = beacon
+        self._stragglers: Stragglers | None = None
+        if steps.optimizer.stopwatch is not None:
+            self._stragglers = Stragglers(
+                strategy_lib.worker_names(steps.strategy),
+                steps.optimizer.stopwatch,
+                beacon,
+            )
         self._callback_states: CallbackStates
         self._architecture = _architecture(steps.model)
         self._saved_place: tuple[int, int, int] | None = None
@@ -118,10 +126,13 @@ class Fit:
 
     def run(self, initial_epoch: int) -> None:
         """Goes on from the newest checkpoint, or starts at an epoch."""
-        self._start(initial_epoch)
-        with self._beacon.phase("callbacks"):
-            logs = self._train()
-            self._finish(logs)
+        try:
+            self._start(initial_epoch)
+            with self._beacon.phase("callbacks"):
+                logs = self._train()
+                self._finish(logs)
+        finally:
+            self._stream.close()
 
     def _start(self, initial_epoch: int) -> None:
         self._steps.metrics.reset()
@@ -235,6 +246,10 @@ class Fit:
                 read = self._call(num_steps, per_step)
             if read is None:
                 break
+            if self._stragglers:
+                self._stragglers.add(
+                    num_steps, self._pace.seconds, counts=not is_first_call
+                )
             self._judge(read, before, num_steps, per_step)
             before = read
             self._stream.advance(num_steps * per_step)
@@ -267,8 +282,13 @@ class Fit:
         if self._model.stop_training:
             length = 0
         length, self._is_save_due = self._stop.agree(
-            length, is_due=self._is_time_to_save()
+            length,
+            is_due=self._is_time_to_save(),
+            numbers=self._stragglers.numbers() if self._stragglers else (),
         )
+        is_chief = strategy_lib.task_index(self._steps.strategy) == 0
+        if self._stragglers and is_chief:
+            self._stragglers.compare(self._stop.shared, self.position.step)
         return length
 
     @property

@@ -24,6 +24,7 @@ import tensorflow as tf
 from dist_amp import precision as precision_lib
 from dist_amp import reduction
 from dist_amp.loss_scale import LossScaleRule
+from dist_amp.stopwatch import Stopwatch
 
 _PRIVATE_NAMES = {
     "keras 3.15, Optimizer": {
@@ -105,6 +106,7 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
         ):
             self._lowered = _Lowered(inner._learning_rate)
             inner._learning_rate = self._lowered
+        self.stopwatch: Stopwatch | None = None
         self._accumulates_locally: bool | None = None
         self._in_replica = threading.local()  # each is traced in its thread
 
@@ -231,14 +233,14 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
             weight = getattr(self._in_replica, "weight", 1.0)
         gradients, variables = self._pair(grads, trainable_variables)
         if not self.gradient_accumulation_steps:
-            return self._attempt(reduction.all_reduce_sum(gradients), variables)
+            return self._attempt(self._all_reduce(gradients), variables)
         if self._accumulates_locally is True:
             self._accumulate(gradients, variables, weight)
             return tf.constant(True)
         if self._accumulates_locally is False:
             self._accumulate(gradients, variables, weight)
             return self._attempt_accumulated(variables, is_reduced=False)
-        self._accumulate(reduction.all_reduce_sum(gradients), variables, weight)
+        self._accumulate(self._all_reduce(gradients), variables, weight)
         return tf.cond(
             self._micro_steps >= self.gradient_accumulation_steps,
             lambda: self._attempt_accumulated(variables, is_reduced=True),
@@ -267,6 +269,19 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
             yield
         finally:
             del self._in_replica.weight
+
+    def _all_reduce(
+        self, gradients: Sequence[reduction.Gradient]
+    ) -> list[reduction.Gradient]:
+        """The sums over all replicas; measures the wait, if asked to."""
+        if self.stopwatch is None or not gradients:
+            return reduction.all_reduce_sum(gradients)
+        begin = self.stopwatch.start(
+            [reduction.values_of(g) for g in gradients]
+        )
+        sums = reduction.all_reduce_sum(gradients)
+        self.stopwatch.stop(begin, [reduction.values_of(g) for g in sums])
+        return sums
 
     def _pair(
         self,
@@ -309,7 +324,7 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
             for a in accumulators
         ]
         if not is_reduced:
-            means = reduction.all_reduce_sum(means)
+            means = self._all_reduce(means)
         applied = self._attempt(means, variables)
         with tf.control_dependencies([applied]):
             for state in (

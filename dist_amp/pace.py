@@ -16,11 +16,17 @@ class Pace:
 
     "auto" starts with one, to hear of errors early, and lengthens the calls
     until one takes about `_SECONDS`.
+
+    Attributes:
+        steps: Updates to put in the next call.
+        seconds: How long the last call took.
+        is_traced: Whether there was a call.
     """
 
     def __init__(self, steps_per_loop: int | str):
         self._is_auto = steps_per_loop == "auto"
         self.is_traced = False
+        self.seconds = 0.0
         self.steps = 1 if steps_per_loop == "auto" else int(steps_per_loop)
 
     @contextlib.contextmanager
@@ -28,7 +34,8 @@ class Pace:
         """Times one call; the first one, which traces, does not count."""
         begin = time.perf_counter()
         yield
-        seconds_per_step = (time.perf_counter() - begin) / num_steps
+        self.seconds = time.perf_counter() - begin
+        seconds_per_step = self.seconds / num_steps
         if self._is_auto and self.is_traced:
             fitting = int(_SECONDS / seconds_per_step)
             longest = min(8 * self.steps, _MAX_STEPS)

@@ -361,13 +361,13 @@ def _multi_worker_strategy(
         news={"host": socket.gethostname(), "devices": local},
         timeout=timeouts.startup,
     )
+    # Without its `timeout_seconds`, for which TensorFlow 2.21 starts a thread
+    # at every collective that lives as long; the watchdog has the time limit.
     options = tf.distribute.experimental.CommunicationOptions(
         implementation=getattr(
             tf.distribute.experimental.CommunicationImplementation,
             names[all_reduce],
-        ),
-        # The watchdog speaks first, and says more.
-        timeout_seconds=2 * timeouts.collective,
+        )
     )
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(cluster.workers)}),

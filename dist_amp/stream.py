@@ -189,6 +189,13 @@ class Stream:
         self.epoch, self.batch = epoch, batch
         self._start(self._from(epoch * (self.batches_per_epoch or 0) + batch))
 
+    def close(self) -> None:
+        """Lets go of the iterator, its threads and what it has read ahead.
+
+        One that stands idle for long takes TensorFlow seconds to delete.
+        """
+        self.iterator = None
+
     def _start(self, batches: tf.data.Dataset) -> None:
         stream = self._transform(batches)
         self.iterator = iter(stream.prefetch(tf.data.AUTOTUNE))

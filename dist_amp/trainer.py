@@ -378,6 +378,8 @@ class Trainer(Steps):
             *self.metrics.variables,
             *random_state.variables_of(self.model),
         ]
+        if self.optimizer.stopwatch is not None:
+            tracked += self.optimizer.stopwatch.variables
         inner = [getattr(v, "value", v) for v in tracked]
         copies = [c for v in tracked for c in strategy_lib.local_copies(v)]
         known = {id(v) for v in (*tracked, *inner, *copies)}

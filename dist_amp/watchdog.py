@@ -81,6 +81,7 @@ class Watchdog:
         if len(self._names) == 1:
             yield
             return
+        self._beacon.start()
         is_over = threading.Event()
         thread = threading.Thread(
             target=self._watch, args=(is_over,), daemon=True

@@ -1,5 +1,6 @@
 """Where a worker is, and who is said to hold up whom."""
 
+import contextlib
 import sys
 
 import pytest
@@ -23,7 +24,7 @@ def test_phases_nest_and_come_back():
         with beacon.phase("checkpoint"):
             assert beacon.read().phase == "checkpoint"
         assert beacon.read().phase == "callbacks"
-    assert beacon.read().phase == "start"
+    assert beacon.read().phase == "end"
 
 
 def test_it_knows_how_long_nothing_has_changed():
@@ -66,6 +67,53 @@ def test_the_first_call_runs_once_it_has_taken_a_batch():
         counts = Counts(taken, is_starved=False)
         with beacon.phase("compile", lambda counts=counts: counts):
             assert beacon.read().phase == phase
+
+
+def test_what_has_not_changed_counts_from_when_somebody_watches():
+    clock = Clock()
+    beacon = Beacon(clock)
+    beacon.read()
+    clock.now += 100
+    beacon.start()
+    clock.now += 1
+    assert beacon.read().seconds == 1
+
+
+def test_before_and_after_training_no_step_is_named():
+    beacon = Beacon(Clock())
+    assert beacon.read().doing == "making the model and its data"
+    with beacon.phase("callbacks"):
+        assert beacon.read().doing.endswith(", at step 1")
+    assert beacon.read().doing == "past training"
+
+
+def test_an_error_leaves_the_place_where_it_was():
+    beacon = Beacon(Clock())
+    beacon.at_step(6)
+
+    def fail():
+        with beacon.phase("callbacks"):
+            with contextlib.suppress(KeyError), beacon.phase("step"):
+                raise KeyError
+            assert beacon.read().phase == "callbacks"
+            with beacon.phase("checkpoint"):
+                raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert beacon.read() == Place("checkpoint", 7)
+    with beacon.phase("callbacks"):
+        assert beacon.read().phase == "callbacks"
+
+
+def test_looks_at_an_empty_input_are_counted():
+    beacon = Beacon(Clock())
+    beacon.read()
+    for is_starved in (True, False, True):
+        counts = Counts(3, is_starved)
+        with beacon.phase("step", lambda counts=counts: counts):
+            beacon.read()
+    assert (beacon.looks, beacon.starved_looks) == (3, 2)
 
 
 def test_who_waits_for_input_is_named_and_who_waits_for_it():
