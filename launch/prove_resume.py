@@ -28,6 +28,7 @@ from absl import flags
 
 from launch.config import ConfigError
 from launch.flags import config_from_flags, define_flags, help_text
+from launch.isolation import isolate
 from launch.quiet import start_tensorflow
 from launch.run_dir import RunDir
 from launch.train import train
@@ -38,7 +39,8 @@ Its own flags; all others are those of launch.train:
   --num_updates
       N: updates before the earliest kill, and after them. [20]
   --num_workers
-      Processes on this host, under MultiWorkerMirroredStrategy. [1]
+      Processes on this host, under MultiWorkerMirroredStrategy, in a network
+      of nothing but loopback. [1]
   --onto
       Flags of launch.train for the rest of the killed run.
   --minutes
@@ -88,6 +90,10 @@ def main(argv: list[str]) -> int:
 
 def _prove(train_flags: list[str]) -> int:
     n = flags.FLAGS.num_updates
+    if flags.FLAGS.num_workers > 1:
+        refusal = isolate()
+        if refusal is not None:
+            print(f"the workers' ports are open to this network: {refusal}")
     folder = flags.FLAGS.run_dir or tempfile.mkdtemp(prefix="prove_resume-")
     common = [*_defaults(train_flags, n), *train_flags, f"--steps={2 * n}"]
     onto = shlex.split(flags.FLAGS.onto)

@@ -1,7 +1,9 @@
-"""Whatever one worker does, the other says what it was, and both end."""
+"""A Trainer whose callback on one worker fails or hangs: both end and say so.
+
+What else may happen to a worker is in local_faults_test.py.
+"""
 
 import re
-import signal
 import subprocess
 import sys
 
@@ -34,32 +36,16 @@ def run(folder, fault):
     )
 
 
-@pytest.mark.parametrize(
-    ("fault", "status", "said"),
-    [
-        ("exception", 1, "failed at step \\d+: ValueError: a mistake"),
-        ("input raises", 1, "failed at step .*ValueError: bad record"),
-        ("kill", -signal.SIGKILL, "was lost: "),
-    ],
-)
-def test_a_worker_that_fails_is_named_by_the_other(
-    tmp_path, fault, status, said
-):
-    chief, faulty = run(tmp_path, fault)
-    assert faulty[0] == status, faulty
+def test_a_worker_that_fails_is_named_by_the_other(tmp_path):
+    chief, faulty = run(tmp_path, "raises")
+    assert faulty[0] == 1, faulty
     assert chief[0] == 129, chief
-    assert re.search(rf"worker 1 \(127.0.0.1:\d+\) {said}", chief[1]), chief
+    said = r"worker 1 \(127.0.0.1:\d+\) failed at step \d+: ValueError: a mis"
+    assert re.search(said, chief[1]), chief
 
 
-@pytest.mark.parametrize(
-    ("fault", "said"),
-    [
-        ("input hangs", "has been waiting for input, at step 51, for"),
-        ("callback hangs", "has been in callbacks or other code"),
-    ],
-)
-def test_a_standstill_ends_and_says_who_waits_for_whom(tmp_path, fault, said):
-    results = run(tmp_path, fault)
+def test_a_standstill_ends_and_says_who_waits_for_whom(tmp_path):
+    results = run(tmp_path, "hangs")
     assert [status for status, _, _ in results] == [142, 142], results
     for index, (_, _, errors) in enumerate(results):
         report = (tmp_path / f"hang-worker-{index}.txt").read_text()
@@ -67,7 +53,7 @@ def test_a_standstill_ends_and_says_who_waits_for_whom(tmp_path, fault, said):
             assert "no progress for 6 s (--collective_timeout): worker 1" in (
                 text
             )
-            assert said in text
+            assert "has been in callbacks or other code" in text
             assert "waits for it in the all-reduce of step" in text
         assert "most recent call first" in report
 
