@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 # What a worker does in each phase, as in "worker 2 has been ...".
 PHASES = {
     "start": "making the model and its data",
-    "compile": "tracing and compiling the step",
+    "compile": "compiling the step or reading the first batch",
     "input": "waiting for input",
     "step": "in the step",
     "evaluation": "evaluating",
@@ -26,7 +26,9 @@ OUTSIDE = ("start", "end")
 # Within these a worker may be waiting for another one.
 MAY_WAIT = ("step", "evaluation", "agreement")
 # No worker stays in these for ever unless something is wrong.
-MUST_END = (*MAY_WAIT, "input")
+MUST_END = (*MAY_WAIT, "input", "compile")
+# How many times as long as others it may last.
+PATIENCE = {"compile": 6}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +73,11 @@ class Place:
     def must_end(self) -> bool:
         """Whether it cannot last for ever unless something is wrong."""
         return self.phase in MUST_END
+
+    @property
+    def patience(self) -> int:
+        """How many times the time limit it may last."""
+        return PATIENCE.get(self.phase, 1)
 
     def __str__(self) -> str:
         return f"{self.doing}, for {self.seconds:.0f} s"
@@ -155,11 +162,13 @@ class Beacon:
                 finished = taken // loop.batches_per_step
             else:
                 finished = max(0, taken - 1) // loop.batches_per_step
-            if phase == "compile" and taken:
+            is_first = phase == "compile" and taken <= 1
+            if phase == "compile" and not is_first:
                 phase = "step"  # it runs already
-            if phase != "evaluation":
+            if phase != "evaluation" and not is_first:
                 step += finished
-            phase = "input" if counts.is_starved else phase
+            # XLA compiles when the first batch is there.
+            phase = "input" if counts.is_starved and not is_first else phase
             self.looks += 1
             self.starved_looks += counts.is_starved
         seen = (phase, step, counts)

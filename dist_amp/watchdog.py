@@ -151,9 +151,10 @@ class Watchdog:
             if self._declared:
                 self._report(self._declared)
                 self._finish()
-            is_too_long = place.seconds >= self._limit and place.must_end
+            limit = self._limit * place.patience
+            is_too_long = place.must_end and place.seconds >= limit
             if is_too_long and not is_over.is_set():
-                self._declare()
+                self._declare(place)
             self._tell_news(place)
 
     def _publish(self, place: Place) -> None:
@@ -166,7 +167,7 @@ class Watchdog:
         """Of all workers; None for one that tells nothing new."""
         before = self._published()
         time.sleep(2 * _SECONDS_BETWEEN_LOOKS)
-        self._publish(self._beacon.read())
+        _within(2.0, self._publish, self._beacon.read())
         return [
             Place(**json.loads(now)) if now and now != earlier else None
             for now, earlier in zip(self._published(), before, strict=True)
@@ -185,10 +186,12 @@ class Watchdog:
             said = explain(self._places(), self._names)
             _log.warning("%s%.0f s: %s", _STANDSTILL, place.seconds, said)
 
-    def _declare(self) -> None:
+    def _declare(self, place: Place) -> None:
         """This worker finds first that nothing goes on."""
+        times = f"{place.patience} times " if place.patience > 1 else ""
         said = (
-            f"{_STANDSTILL}{self._limit:.0f} s (--collective_timeout): "
+            f"{_STANDSTILL}{self._limit * place.patience:.0f} s "
+            f"({times}--collective_timeout): "
             f"{explain(self._places(), self._names)}"
         )
         self._declared = said
@@ -215,8 +218,8 @@ class Watchdog:
 
     def _finish(self) -> None:
         """The main thread cannot be asked: it hangs in a collective."""
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            _within(2.0, stream.flush)
         os._exit(EXIT_STATUS["hang"])
 
 

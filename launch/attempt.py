@@ -16,12 +16,15 @@ from launch import post_mortem
 from launch.guardian import Guardian
 from launch.worker_process import Ending, Start, Worker
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 _SECONDS_BETWEEN_LOOKS = 0.2
 # In which the worker that failed first may end, too, and say so.
 _SECONDS_TO_FOLLOW = 3.0
 _SECONDS_FOR_STACKS = 2.0
 _SECONDS_BETWEEN_REMINDERS = 5.0
+_SECONDS_OF_A_PAUSE = 5.0
+# In which workers heed a second Ctrl-C.
+_SECONDS_TO_QUIT = 3.0
 
 
 class Attempt:
@@ -65,17 +68,32 @@ class Attempt:
             selectors.DefaultSelector() as selector,
             self._passing_on_signals(),
         ):
-            for start in starts:
-                self._workers.append(self._start(start))
-                self._workers[-1].watch(selector)
-            while True:
-                for key, _ in selector.select(_SECONDS_BETWEEN_LOOKS):
-                    key.data.read(key.fd, selector)
-                running = [w for w in self._workers if not w.reap(selector)]
-                if not running:
-                    break
-                self._look(running, time.monotonic())
+            try:
+                for start in starts:
+                    if self.asked is None:
+                        self._workers.append(self._start(start))
+                        self._workers[-1].watch(selector)
+                self._watch(selector)
+            except BaseException:
+                for worker in self._workers:
+                    worker.kill("the launcher failed")
+                raise
         return [w.ending for w in self._workers if w.ending is not None]
+
+    def _watch(self, selector: selectors.BaseSelector) -> None:
+        """Until the last worker has ended."""
+        looked_at = time.monotonic()
+        while True:
+            for key, _ in selector.select(_SECONDS_BETWEEN_LOOKS):
+                key.data.read(key.fd, selector)
+            running = [w for w in self._workers if not w.reap(selector)]
+            if not running:
+                return
+            now = time.monotonic()
+            # One that was stopped itself has not read yet what came meanwhile.
+            if now - looked_at < _SECONDS_OF_A_PAUSE:
+                self._look(running, now)
+            looked_at = now
 
     def _start(self, start: Start) -> Worker:
         is_on_terminal = start.index == 0 and sys.stdout.isatty()
@@ -105,16 +123,12 @@ class Attempt:
 
     def _look_for_failed(self, now: float) -> None:
         """Sets a limit to the others once one has failed."""
-        statuses = [
-            post_mortem.exit_status(w.ending)
-            for w in self._workers
-            if w.ending is not None
-        ]
-        failed = [s for s in statuses if s and s not in job_lib.STOPPED]
+        statuses = [w.ending.status for w in self._workers if w.ending]
+        failed = {s for s in statuses if s and s not in job_lib.STOPPED}
         if self.hung is not None:
             begin = now
         elif failed:
-            is_peer = failed == [post_mortem.PEER]
+            is_peer = failed == {post_mortem.PEER}
             begin = now + (_SECONDS_TO_FOLLOW if is_peer else 0.0)
         else:
             return
@@ -146,11 +160,20 @@ class Attempt:
     @contextlib.contextmanager
     def _passing_on_signals(self) -> Iterator[None]:
         def pass_on(number: int, _: object) -> None:
+            now = time.monotonic()
+            if number == signal.SIGHUP:  # the terminal was closed
+                number = signal.SIGTERM
+            if number == self.asked == signal.SIGINT:  # a second Ctrl-C
+                self._schedule = [
+                    (now + _SECONDS_TO_QUIT, signal.SIGUSR2),
+                    (now + 2 * _SECONDS_TO_QUIT, signal.SIGKILL),
+                ]
             self.asked = self.asked or number
-            self._next_reminder = time.monotonic() + _SECONDS_BETWEEN_REMINDERS
+            self._next_reminder = now + _SECONDS_BETWEEN_REMINDERS
             _send(self._workers, number)
 
-        before = {number: signal.signal(number, pass_on) for number in _SIGNALS}
+        heard = [n for n in _SIGNALS if signal.getsignal(n) != signal.SIG_IGN]
+        before = {number: signal.signal(number, pass_on) for number in heard}
         try:
             yield
         finally:
@@ -171,17 +194,19 @@ class _Screen:
 
     def show(self, index: int, stream: int, line: str) -> None:
         """A line of a worker."""
-        if index == 0 and stream == 1:
-            print(line, flush=True)
-            return
-        if self._is_within_line:
-            print(flush=True)
-            self._is_within_line = False
-        print(f"[worker {index}] {line}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody looks any more
+            if index == 0 and stream == 1:
+                print(line, flush=True)
+                return
+            if self._is_within_line:
+                print(flush=True)
+                self._is_within_line = False
+            print(f"[worker {index}] {line}", file=sys.stderr, flush=True)
 
     def copy(self, data: bytes) -> None:
         """What worker 0 writes to its terminal."""
         if data:
             self._is_within_line = not data.endswith(b"\n")
-            sys.stdout.buffer.write(data)
-            sys.stdout.flush()
+            with contextlib.suppress(OSError):
+                sys.stdout.buffer.write(data)
+                sys.stdout.flush()

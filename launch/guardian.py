@@ -7,6 +7,14 @@ import contextlib
 import os
 import signal
 
+_SIGNALS = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)
+
 
 class Guardian:
     """A small process that waits for this one's end, however it comes.
@@ -21,6 +29,8 @@ class Guardian:
             try:
                 os.close(self._pipe)
                 os.setsid()  # Ctrl-C is not for it
+                for number in _SIGNALS:  # nor what ends a whole job
+                    signal.signal(number, signal.SIG_IGN)
                 _let_go_of_files()
                 _wait_and_kill(ours)
             finally:
@@ -29,11 +39,15 @@ class Guardian:
 
     def join(self) -> None:
         """Entrusts this process's group; for the child's side of a fork."""
-        os.write(self._pipe, b"+%d\n" % os.getpid())
+        self._tell(b"+%d\n" % os.getpid())
 
     def forget(self, group: int) -> None:
         """The group has ended, and its number may be another's soon."""
-        os.write(self._pipe, b"-%d\n" % group)
+        self._tell(b"-%d\n" % group)
+
+    def _tell(self, line: bytes) -> None:
+        with contextlib.suppress(BrokenPipeError):  # it was killed
+            os.write(self._pipe, line)
 
 
 def kill_group(group: int, number: int = signal.SIGKILL) -> None:

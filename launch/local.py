@@ -12,6 +12,7 @@ passed on: everything is saved.
 
 import contextlib
 import dataclasses
+import io
 import os
 import pathlib
 import re
@@ -99,8 +100,13 @@ class LocalJob:
 
 
 def run() -> None:
-    """Entry point of the console command."""
-    sys.exit(main(sys.argv))
+    """Entry point of the console command; never returns."""
+    _mend_streams()
+    status = main(sys.argv)
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):
+            stream.flush()
+    os._exit(status)  # without a complaint of a pipe that nobody reads
 
 
 def main(argv: list[str]) -> int:
@@ -198,8 +204,12 @@ def _divided_gpus(job: LocalJob) -> list[list[str]]:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         found = [str(i) for i, _ in enumerate(host.gpus_of_the_driver())]
-    else:
-        found = [name for name in visible.split(",") if name.strip()]
+    else:  # as CUDA reads it: up to the first that there is not
+        names = [name.strip() for name in visible.split(",")]
+        is_none = [
+            not n or n.startswith("-") or n == "NoDevFiles" for n in names
+        ]
+        found = names[: [*is_none, True].index(True)]
     if not found:
         return []
     each = job.devices_per_worker or len(found) // job.num_workers
@@ -261,7 +271,10 @@ def what_is_elsewhere(training: job_lib.Training) -> str | None:
 
 def _train(job: LocalJob, plan: Plan) -> int:
     """Starts the workers, and again where they fail."""
-    plan.logs.mkdir(parents=True, exist_ok=True)
+    try:
+        plan.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the logs cannot be written: {error}.") from error
     is_isolated = _isolate(job, plan.training)
     guardian = Guardian()
     slots = list(range(job.num_workers))
@@ -271,10 +284,12 @@ def _train(job: LocalJob, plan: Plan) -> int:
         endings = attempt.run(plan.starts(slots))
         first = post_mortem.first_to_fail(endings, attempt.hung)
         status = post_mortem.exit_status(first) if first else 0
-        if first is None or status in job_lib.STOPPED:
-            return status
+        if first is None:
+            return 0
         if attempt.asked is not None:
             return 128 + attempt.asked
+        if first.status in job_lib.STOPPED and attempt.hung is None:
+            return status
         log = str(plan.logs / f"worker-{first.index}.log")
         _say(post_mortem.describe(first, endings, why=attempt.why, log=log))
         if is_isolated:
@@ -338,7 +353,22 @@ def _explain_network(first: Ending) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # nobody looks any more
+        print(text, file=sys.stderr, flush=True)
+
+
+def _mend_streams() -> None:
+    """Makes something of closed ones, and prints whatever workers print."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            nothing = os.open(os.devnull, os.O_RDWR)
+            if nothing != number:
+                os.dup2(nothing, number)
+                os.close(nothing)
+            setattr(sys, name, os.fdopen(number, "w" if number else "r"))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 if __name__ == "__main__":

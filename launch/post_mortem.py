@@ -49,9 +49,12 @@ def first_to_fail(
         for e in failed
         if e.status not in (PEER, -signal.SIGTERM) and not e.killed
     ]
-    # One that had to be killed kept the others waiting.
+    # One that had to be killed kept the others waiting; one that was told to
+    # end may have been about to say what was wrong.
     kept_others = [e for e in failed if e.killed]
-    return next(iter([*is_hung, *own, *kept_others, *failed]), None)
+    told = [e for e in failed if e.status == -signal.SIGTERM]
+    candidates = [*is_hung, *own, *kept_others, *told, *failed]
+    return next(iter(candidates), None)
 
 
 def exit_status(ending: Ending) -> int:

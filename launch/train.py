@@ -204,7 +204,8 @@ def _conclude(
 def _beat(beacon: Any) -> Beat:
     """What the launcher is told every second."""
     place = beacon.read()
-    return Beat(place.doing, place.seconds, place.must_end)
+    must_end = place.must_end and place.patience == 1
+    return Beat(place.doing, place.seconds, must_end)
 
 
 def _is_ours(error: BaseException) -> bool:

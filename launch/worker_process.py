@@ -96,8 +96,10 @@ class Worker:
         self._lines: collections.deque[str] = collections.deque(
             maxlen=_LINES_KEPT
         )
-        self._log: IO[str] = start.log.open("a", buffering=1, errors="replace")
-        self._log.write(f"--- {time.strftime('%FT%T%z')}\n")
+        self._log: IO[str] | None = None
+        with contextlib.suppress(OSError):  # a full disk stops no training
+            self._log = start.log.open("a", buffering=1, errors="replace")
+            self._log.write(f"--- {time.strftime('%FT%T%z')}\n")
         self._begin = self._beat_at = time.monotonic()
         self._killed = ""
         beats, beats_end = os.pipe()
@@ -165,8 +167,9 @@ class Worker:
     def write_log(self, line: str) -> None:
         """Adds a line to its log, and to what is kept of its output."""
         self._lines.append(line)
-        with contextlib.suppress(OSError):  # a full disk stops no training
-            self._log.write(line + "\n")
+        with contextlib.suppress(OSError):
+            if self._log is not None:
+                self._log.write(line + "\n")
 
     def send(self, number: int) -> None:
         """Sends a signal to the worker's process."""
@@ -207,7 +210,9 @@ class Worker:
             self._killed,
             list(self._lines),
         )
-        self._log.close()
+        with contextlib.suppress(OSError):
+            if self._log is not None:
+                self._log.close()
         return True
 
     def describe_silence(self) -> str:
@@ -298,10 +303,11 @@ def free_ports(number: int) -> list[int]:
     """
     with contextlib.ExitStack() as stack:
         ports: list[int] = []
-        while len(ports) < number:
-            port = random.randrange(10_000, 32_768)
+        for port in random.sample(range(10_000, 32_768), 1000 + number):
             with contextlib.suppress(OSError):
                 one = socket.create_server(("127.0.0.1", port))
                 stack.enter_context(one)
                 ports.append(port)
-    return ports
+            if len(ports) == number:
+                return ports
+    raise OSError(f"{number} ports of 127.0.0.1 are not to be had")

@@ -61,12 +61,20 @@ def test_steps_of_several_batches():
         assert beacon.read() == Place("input", 3)
 
 
-def test_the_first_call_runs_once_it_has_taken_a_batch():
+@pytest.mark.parametrize("is_starved", [False, True])
+def test_the_first_call_compiles_until_it_takes_a_second_batch(is_starved):
+    """XLA compiles when the first one is there; that may last."""
     beacon = Beacon(Clock())
-    for taken, phase in ((0, "compile"), (1, "step")):
-        counts = Counts(taken, is_starved=False)
+    for taken in (0, 1):
+        counts = Counts(taken, is_starved)
         with beacon.phase("compile", lambda counts=counts: counts):
-            assert beacon.read().phase == phase
+            place = beacon.read()
+        assert (place.phase, place.step, place.patience) == ("compile", 1, 6)
+        assert place.must_end
+    with beacon.phase("compile", lambda: Counts(2, is_starved)):
+        place = beacon.read()
+    assert place.phase == ("input" if is_starved else "step")
+    assert place.patience == 1
 
 
 def test_what_has_not_changed_counts_from_when_somebody_watches():

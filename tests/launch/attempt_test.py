@@ -7,10 +7,11 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
-from tests.multi_worker.processes import assert_gone
+from tests.multi_worker.processes import assert_gone, children_of
 
 SECONDS = 60
 
@@ -190,10 +191,11 @@ def test_signals_are_passed_on(tmp_path, number):
 def test_a_worker_that_missed_sigterm_hears_it_again(tmp_path):
     late = textwrap.dedent("""
         import signal, sys, threading
-        signal.signal(signal.SIGTERM, lambda *_: print('missed'))
+        def miss(*_):
+            print('missed')
+            signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
+        signal.signal(signal.SIGTERM, miss)
         print('ready')
-        signal.pause()
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))
         threading.Event().wait()
         """)
     process = start(tmp_path, late)
@@ -209,6 +211,60 @@ import subprocess, sys, threading
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 print(child.pid)
 """
+
+
+def test_the_guardian_outlives_what_ends_a_whole_job(tmp_path):
+    """As `pkill -f launch.local` or `systemctl stop` do it."""
+    hears = "import signal, sys, threading\n"
+    hears += "signal.signal(signal.SIGTERM, lambda *_: sys.exit(7))\n"
+    process = start(tmp_path, PARENT + hears + "threading.Event().wait()")
+    grandchild = int(process.stdout.readline())
+    guardian, _ = children_of(process.pid)
+    os.kill(guardian, signal.SIGTERM)
+    process.kill()
+    process.communicate(timeout=SECONDS)
+    assert_gone(grandchild)
+
+
+def test_a_launcher_that_was_stopped_blames_nobody(tmp_path):
+    lives = BEATING + "print('ready')\nwith heart.beating():\n"
+    process = start(tmp_path, lives + "    time.sleep(9)", silence_timeout=4)
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGSTOP)
+    time.sleep(6)  # what is to be survived, not what is waited for
+    process.send_signal(signal.SIGCONT)
+    found, *_ = finish(process)
+    assert (found["hung"], found["statuses"]) == (None, [0])
+
+
+def test_output_that_nobody_reads_ends_nothing(tmp_path):
+    script = "import time\nprint('first')\ntime.sleep(1)\n"
+    script += "for i in range(9): print(i)\nopen('done', 'w').close()"
+    process = start(tmp_path, script)
+    assert process.stdout.readline() == "first\n"
+    process.stdout.close()
+    process.stdout = None
+    process.communicate(timeout=SECONDS)
+    assert (tmp_path / "done").exists()
+
+
+def test_a_second_ctrl_c_ends_those_that_are_deaf(tmp_path):
+    deaf = "import signal, threading\n"
+    deaf += "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+    process = start(tmp_path, deaf + "print('ready')\nthreading.Event().wait()")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.5)  # two of them, not one
+    process.send_signal(signal.SIGINT)
+    found, *_ = finish(process)
+    assert found["statuses"][0] < 0
+    assert found["asked"] == signal.SIGINT
+
+
+def test_one_that_dies_of_a_signal_at_its_start_ends_the_others(tmp_path):
+    dies = "import os, signal; os.kill(os.getpid(), signal.SIGTERM)"
+    found, *_ = run(tmp_path, BEATING + FOR_EVER, dies)
+    assert found["statuses"] == [-signal.SIGTERM] * 2
 
 
 def test_what_a_worker_leaves_behind_is_ended_with_it(tmp_path):

@@ -64,6 +64,12 @@ def test_gpus_are_divided(monkeypatch):
     assert seen == ["3", "6"]
 
 
+@pytest.mark.parametrize("visible", ["", "-1", "NoDevFiles", " ,0"])
+def test_no_gpu_is_visible(monkeypatch, visible):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert plan().gpus == []
+
+
 def test_too_few_gpus_are_an_error(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
     with pytest.raises(ConfigError, match="more than the 3 GPUs"):
@@ -153,6 +159,18 @@ def test_help_and_errors_need_no_tensorflow(tmp_path):
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: --epochs is a flag of launch.train")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams_are_no_obstacle(tmp_path, closed):
+    command = f"{sys.executable} -m launch.local --num_workers=0 {closed}"
+    done = subprocess.run(
+        ["sh", "-c", command],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        timeout=SECONDS,
+    )
+    assert done.returncode == 2
 
 
 if __name__ == "__main__":

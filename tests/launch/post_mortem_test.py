@@ -59,6 +59,11 @@ def test_of_a_standstill_the_one_that_held_up_the_others():
     assert f"  | {said}" in text
 
 
+def test_one_that_was_told_to_end_may_have_been_the_cause():
+    told = ended(1, -signal.SIGTERM, 4.0)
+    assert first(ended(0, 129, 0.5), told, ended(2, 129, 0.6)) == 1
+
+
 def test_workers_that_only_lost_each_other():
     assert first(ended(0, 129, 2.0), ended(1, 129, 1.0)) == 1
 

@@ -17,7 +17,7 @@ import pytest
 from dist_amp import storage
 from tests.launch.train_test import SECONDS, command, environment
 from tests.multi_worker import faulty_job
-from tests.multi_worker.processes import assert_gone
+from tests.multi_worker.processes import assert_gone, children_of
 
 JOB = "tests.multi_worker.faulty_job"
 EPOCHS = 2
@@ -248,12 +248,6 @@ def test_nothing_is_left_of_a_killed_launcher(tmp_path):
     process.communicate(timeout=SECONDS)
     for pid in workers:
         assert_gone(pid)
-
-
-def children_of(pid):
-    path = f"/proc/{pid}/task/{pid}/children"
-    with open(path) as file:
-        return [int(child) for child in file.read().split()]
 
 
 if __name__ == "__main__":

@@ -30,3 +30,10 @@ def assert_gone(pid):
                 continue
         return
     raise AssertionError(f"process {pid} is still there")
+
+
+def children_of(pid):
+    """Processes that it has started, in that order."""
+    path = f"/proc/{pid}/task/{pid}/children"
+    with open(path) as file:
+        return [int(child) for child in file.read().split()]
