@@ -91,6 +91,18 @@ def look_up(key: str, seconds: float) -> str | None:
         return None
 
 
+def wait_for(key: str) -> bool:
+    """Returns when a worker has published it; False if the service is gone."""
+    while True:
+        try:
+            context.context().get_config_key_value(key, 1000)
+        except (tf.errors.DeadlineExceededError, tf.errors.NotFoundError):
+            continue
+        except tf.errors.OpError:
+            return False
+        return True
+
+
 def fail(message: str) -> None:
     """Ends all other workers: their collectives raise with this message."""
     with contextlib.suppress(ValueError, tf.errors.OpError):

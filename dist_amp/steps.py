@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_amp import random_state, reduction
+from dist_amp import random_state, reduction, stopwatch
 from dist_amp import strategy as strategy_lib
 from dist_amp.data import Batch
 from dist_amp.metrics import MetricSet, MetricsLike
@@ -18,7 +18,6 @@ from dist_amp.optimizer import (
     LossScaleOptimizer,
     moving_statistics,
 )
-from dist_amp.stopwatch import Stopwatch
 from dist_amp.stream import no_examples
 
 
@@ -50,10 +49,10 @@ class Steps:
         self.strategy = strategy
         self.jit_compile = jit_compile
         self.replica_ids = _local_replica_ids(strategy)
-        if strategy_lib.num_workers(strategy) > 1:
+        if strategy_lib.num_workers(strategy) > 1 and stopwatch.is_allowed():
             on_gpu = any("GPU" in d for d in strategy.extended.worker_devices)
             first = self.replica_ids[0]
-            optimizer.stopwatch = Stopwatch(first, on_gpu=on_gpu)
+            optimizer.stopwatch = stopwatch.Stopwatch(first, on_gpu=on_gpu)
         with strategy.scope():
             self.metrics = MetricSet(metrics)
         # Only for XLA: a nested function would forbid layers that talk to

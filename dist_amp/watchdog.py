@@ -9,6 +9,7 @@ report who holds up whom, with the stacks of all threads, and end.
 import contextlib
 import dataclasses
 import faulthandler
+import itertools
 import json
 import logging
 import os
@@ -35,6 +36,8 @@ _SECONDS_UNTIL_NEWS = 30.0
 _SECONDS_FOR_REPORTS = 5.0
 _HANG = "dist_amp/hang"
 _STANDSTILL = "no progress for "
+# All workers come to the same ones in the same order.
+_partings = itertools.count()
 # How TensorFlow says that a worker is not heard, or worker 0 by this one.
 _SILENT = "stopped sending heartbeats"
 _NO_ANSWER = "CoordinationService/Heartbeat"
@@ -89,6 +92,7 @@ class Watchdog:
         thread.start()
         try:
             yield
+            self._part()
         except BaseException as error:
             cause = self._cause_of(error)
             if self._declared or (cause or "").startswith(_STANDSTILL):
@@ -97,6 +101,20 @@ class Watchdog:
             self._tell_why(error, cause)
         finally:
             is_over.set()
+
+    def _part(self) -> None:
+        """Nobody leaves before all are done.
+
+        The last all-reduce of another worker may still need something of this
+        one, or the chief may be writing a checkpoint: whoever watches the
+        processes would take an end for a failure.
+        """
+        number = next(_partings)
+        keys = [f"dist_amp/done/{number}/{i}" for i in range(len(self._names))]
+        coordination.publish(keys[self._index], "")
+        for key in keys:
+            if not coordination.wait_for(key):
+                return  # worker 0 was done, and is gone
 
     # ------------------------------------------------------------- failures
 
