@@ -159,7 +159,8 @@ def test_a_run_whose_time_is_over_queues_again_and_goes_on(
     assert (known["Restarts"], known["ExitCode"]) == ("1", "138:0"), said
     steps = re.findall(r"^stopped by SIGUSR1 at step (\d+)", said, re.MULTILINE)
     first, second = map(int, steps)
-    assert 0 < first < second
+    # The second start may only have ended the epoch, without a step of its own.
+    assert 0 < first <= second
     assert "exit status 138: queues again (1 of 1)" in said
     assert "exit status 138 after 1 restarts" in said
     epochs = [line["epoch"] for line in read_lines(tmp_path / "run")]
