@@ -103,6 +103,7 @@ class Fit:
         self._rollback = rollback
         self._info = info
         self._beacon = beacon
+        self._is_chief = strategy_lib.task_index(steps.strategy) == 0
         self._stragglers: Stragglers | None = None
         if steps.optimizer.stopwatch is not None:
             self._stragglers = Stragglers(
@@ -286,8 +287,7 @@ class Fit:
             is_due=self._is_time_to_save(),
             numbers=self._stragglers.numbers() if self._stragglers else (),
         )
-        is_chief = strategy_lib.task_index(self._steps.strategy) == 0
-        if self._stragglers and is_chief:
+        if self._stragglers and self._is_chief:
             self._stragglers.compare(self._stop.shared, self.position.step)
         return length
 
@@ -399,7 +399,7 @@ class Fit:
         left_out = self._callback_states.write(
             restored.state["callbacks"], restored.arrays
         )
-        if left_out and strategy_lib.task_index(self._steps.strategy) == 0:
+        if left_out and self._is_chief:
             _log.warning(
                 "not restored from %s: callbacks that are not here (%s)",
                 restored.path,

@@ -122,11 +122,9 @@ class Watchdog:
         """Passes an error on to the others, and raises what it means here."""
         me, place = self._names[self._index], self._beacon.read()
         if cause is None:
-            where = (
-                f"while {place.doing}"
-                if place.is_outside
-                else (f"at step {place.step}")
-            )
+            where = f"at step {place.step}"
+            if place.is_outside:
+                where = f"while {place.doing}"
             coordination.fail(f"{me} failed {where}: {gist_of(error)}")
             raise error
         coordination.fail(cause)  # who hears only of us should know, too
@@ -142,19 +140,20 @@ class Watchdog:
             return said.partition("\nThe error could be")[0].strip()
         if "ollective" not in text and "oordination" not in text:
             return None
-        silence = f"it gave no sign of life for {self._silence:.0f} s"
-        silence += " (--heartbeat_timeout)"
-        if _SILENT in text:
-            why, found = silence, _TASK.search(text.partition(_SILENT)[2])
-        elif _NO_ANSWER in text:  # to this worker, from the one that leads
-            return f"{self._names[0]} was lost: {silence}"
-        else:
-            found = _TASK.search(text)
-            aborted = re.search(r"aborted by: (?!.*aborted by: )(.*)", text)
-            why = aborted[1] if aborted else text.splitlines()[0]
-        return (
-            f"{self._names[int(found[1])]} was lost: {why}" if found else None
+        silence = (
+            f"it gave no sign of life for {self._silence:.0f} s "
+            "(--heartbeat_timeout)"
         )
+        if _NO_ANSWER in text and _SILENT not in text:
+            return f"{self._names[0]} was lost: {silence}"
+        found = _TASK.search(text[max(0, text.find(_SILENT)) :])
+        if found is None:
+            return None
+        aborted = re.search(r"aborted by: (?!.*aborted by: )(.*)", text)
+        why = aborted[1] if aborted else text.splitlines()[0]
+        if _SILENT in text:
+            why = silence
+        return f"{self._names[int(found[1])]} was lost: {why}"
 
     # ----------------------------------------------------------- standstills
 

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 from launch import job as job_lib
-from launch import post_mortem
 from launch.guardian import Guardian
 from launch.worker_process import Ending, Start, Worker
 
@@ -128,7 +127,7 @@ class Attempt:
         if self.hung is not None:
             begin = now
         elif failed:
-            is_peer = failed == {post_mortem.PEER}
+            is_peer = failed == {job_lib.PEER}
             begin = now + (_SECONDS_TO_FOLLOW if is_peer else 0.0)
         else:
             return
@@ -141,21 +140,24 @@ class Attempt:
 
     def _look_for_hung(self, running: Sequence[Worker]) -> None:
         for worker in running:
-            silent, beat = worker.silent_seconds, worker.beat
-            if silent >= self._silence_timeout:
-                self.hung = worker.index
-                self.why = (
-                    f"no sign of life for {silent:.0f} s (--silence_timeout)"
-                    f"{worker.describe_silence()}"
-                )
+            why = self._why_hung(worker)
+            if why:
+                self.hung, self.why = worker.index, why
                 return
-            if beat.must_end and beat.seconds >= self._hang_timeout:
-                self.hung = worker.index
-                self.why = (
-                    f"no progress for {beat.seconds:.0f} s "
-                    "(--collective_timeout)"
-                )
-                return
+
+    def _why_hung(self, worker: Worker) -> str:
+        """Empty if it is not."""
+        silent, beat = worker.silent_seconds, worker.beat
+        if silent >= self._silence_timeout:
+            return (
+                f"no sign of life for {silent:.0f} s (--silence_timeout)"
+                f"{worker.describe_silence()}"
+            )
+        if beat.must_end and beat.seconds >= self._hang_timeout:
+            return (
+                f"no progress for {beat.seconds:.0f} s (--collective_timeout)"
+            )
+        return ""
 
     @contextlib.contextmanager
     def _passing_on_signals(self) -> Iterator[None]:

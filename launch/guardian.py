@@ -50,10 +50,10 @@ class Guardian:
             os.write(self._pipe, line)
 
 
-def kill_group(group: int, number: int = signal.SIGKILL) -> None:
-    """Sends a signal to all processes of a group, if there are any."""
+def kill_group(group: int) -> None:
+    """Ends all processes of a group, if there are any."""
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, number)
+        os.killpg(group, signal.SIGKILL)
 
 
 def _let_go_of_files() -> None:

@@ -17,15 +17,17 @@ from absl import flags
 from launch.config import ConfigError, TrainConfig
 from launch.flags import define_flags, read_command_line, read_flags
 
+# Another worker was lost; nothing went on.
+PEER, HANG = 129, 142
 # Statuses that ask to be started again; every other one is an end.
 RESTART = (
-    129,  # another worker was lost
+    PEER,
     134,  # SIGABRT: TensorFlow gave up, often since another worker was lost
     135,  # SIGBUS: storage went away
     137,  # SIGKILL: out of memory, or nobody waited for the end
     138,  # SIGUSR1 or --max_minutes: the time is over, everything is saved
     139,  # SIGSEGV
-    142,  # no progress
+    HANG,
     143,  # SIGTERM: the machine is wanted back, everything is saved
 )
 # Of these, what workers say that were asked to stop: they have saved together.

@@ -144,6 +144,19 @@ class Plan:
     cores: Sequence[Sequence[int]]
     logs: pathlib.Path
 
+    def check(self, num_workers: int, *, restarts: bool) -> None:
+        """Whether the settings of training suit so many workers.
+
+        Raises:
+            ConfigError: They do not; the message names the flag.
+        """
+        job_lib.check_training(
+            self.training.config,
+            num_workers=num_workers,
+            num_gpus=len(self.gpus[0]) if self.gpus else 0,
+            restarts=restarts,
+        )
+
     def starts(self, slots: Sequence[int]) -> list[Start]:
         """How to start workers in some of the slots."""
         command = [sys.executable, "-m", "launch.train"]
@@ -171,12 +184,9 @@ def make_plan(job: LocalJob, training: job_lib.Training) -> Plan:
     Raises:
         ConfigError: The settings do not suit each other or this host.
     """
-    gpus = _divided_gpus(job)
-    has_own_devices = (
-        training.config.devices or training.config.num_logical_cpus
-    )
+    gpus, config = _divided_gpus(job), training.config
     number = job.devices_per_worker
-    if not gpus and number and has_own_devices:
+    if not gpus and number and (config.devices or config.num_logical_cpus):
         raise ConfigError(
             "--devices_per_worker contradicts --devices and "
             "--num_logical_cpus: drop one of them."
@@ -184,20 +194,15 @@ def make_plan(job: LocalJob, training: job_lib.Training) -> Plan:
     if not gpus and (number or 1) > 1:
         more = f"--num_logical_cpus={number}"
         training = job_lib.read_training([*training.arguments, more])
-    config = training.config
-    job_lib.check_training(
-        config,
-        num_workers=job.num_workers,
-        num_gpus=len(gpus[0]) if gpus else 0,
-        restarts=job.max_restarts > 0,
-    )
     logs = pathlib.Path(job.log_dir or f"{config.directory}/logs")
+    plan = Plan(training, gpus, _divided_cores(job), logs)
+    plan.check(job.num_workers, restarts=job.max_restarts > 0)
     if config.resume == "never" and logs.is_relative_to(config.directory):
         raise ConfigError(
             "--resume=never moves --run_dir aside, and the workers' logs with "
             "it: pass a new --run_dir, or --log_dir=FOLDER elsewhere."
         )
-    return Plan(training, gpus, _divided_cores(job), logs)
+    return plan
 
 
 def _divided_gpus(job: LocalJob) -> list[list[str]]:
@@ -329,15 +334,9 @@ def slots_left(
         failed: The worker that failed first.
     """
     left = [slot for index, slot in enumerate(slots) if index != failed]
-    config = plan.training.config
     while len(left) >= (job.min_workers or job.num_workers):
         with contextlib.suppress(ConfigError):
-            job_lib.check_training(
-                config,
-                num_workers=len(left),
-                num_gpus=len(plan.gpus[0]) if plan.gpus else 0,
-                restarts=True,
-            )
+            plan.check(len(left), restarts=True)
             return left
         left.pop()
     return slots

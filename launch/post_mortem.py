@@ -7,12 +7,13 @@ import re
 import signal
 from collections.abc import Sequence
 
+from launch.job import HANG, PEER
 from launch.worker_process import Ending
 
-PEER, HANG = 129, 142
 _LINES_SHOWN = 30
-# Between the tracebacks of an exception and of what it led to.
+# Lines of a traceback that point at a part of the line before.
 _MARKS = re.compile(r"[ ^~]*")
+# Between the tracebacks of an exception and of what it led to.
 _LINKS = ("The above exception was", "During handling of the above")
 _MEANINGS = {
     0: "it was done",
@@ -53,8 +54,7 @@ def first_to_fail(
     # end may have been about to say what was wrong.
     kept_others = [e for e in failed if e.killed]
     told = [e for e in failed if e.status == -signal.SIGTERM]
-    candidates = [*is_hung, *own, *kept_others, *told, *failed]
-    return next(iter(candidates), None)
+    return next(iter([*is_hung, *own, *kept_others, *told, *failed]), None)
 
 
 def exit_status(ending: Ending) -> int:
@@ -107,21 +107,19 @@ def excerpt(lines: Sequence[str]) -> Sequence[str]:
     for sign in ("Traceback (most recent call", "no progress for ", "error: "):
         starts = [i for i, line in enumerate(lines) if line.startswith(sign)]
         if starts and sign.startswith("Traceback"):
-            end = starts[-1] + len(_to_its_end(lines[starts[-1] :]))
-            return _shortened(lines[_start_of_chain(lines, starts) : end])
+            begin = _start_of_chain(lines, starts)
+            return _shortened(lines[begin : _end_of(lines, starts[-1])])
         if starts:
             return [lines[starts[-1]]]
     return lines[-3:]
 
 
-def _to_its_end(lines: Sequence[str]) -> list[str]:
-    """A traceback and its last line: the first that is not indented."""
-    taken = [lines[0]]
-    for line in lines[1:]:
-        taken.append(line)
-        if not line.startswith((" ", "\t")):
-            break
-    return taken
+def _end_of(lines: Sequence[str], start: int) -> int:
+    """Past a traceback's last line: the first that is not indented."""
+    for number in range(start + 1, len(lines)):
+        if not lines[number].startswith((" ", "\t")):
+            return number + 1
+    return len(lines)
 
 
 def _start_of_chain(lines: Sequence[str], starts: Sequence[int]) -> int:

@@ -164,7 +164,7 @@ class Worker:
         os.close(pipe)
         del self._pipes[pipe]
 
-    def write_log(self, line: str) -> None:
+    def _write_log(self, line: str) -> None:
         """Adds a line to its log, and to what is kept of its output."""
         self._lines.append(line)
         with contextlib.suppress(OSError):
@@ -236,7 +236,7 @@ class Worker:
     def _take(self, stream: int, raw: bytes) -> None:
         line = raw.decode(errors="replace").rstrip("\r")
         line = line.rpartition("\r")[2]
-        self.write_log(line)
+        self._write_log(line)
         if stream == 2 or not self._has_terminal:
             self._show(stream, line)
 

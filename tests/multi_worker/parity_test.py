@@ -1,17 +1,14 @@
 """Several workers train as one device does, and end with the same bits."""
 
 import json
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-from launch.worker_process import worker_environments
 from tests import support
-from tests.launch.train_test import environment
 from tests.multi_worker.parity_cases import CASES, train
-from tests.multi_worker.processes import end
+from tests.multi_worker.processes import end, start
 
 FEW = ["float32", "float16", "embedding", "overflow last"]
 CLUSTERS = {
@@ -36,23 +33,11 @@ def trained(tmp_path_factory):
         key = (num_workers, num_devices)
         if key not in folders:
             folders[key] = tmp_path_factory.mktemp("parity")
-            workers = [
-                subprocess.Popen(
-                    [
-                        sys.executable,
-                        "-m",
-                        "tests.multi_worker.parity_cases",
-                        str(folders[key]),
-                        str(num_devices),
-                        *CLUSTERS[key],
-                    ],
-                    env=environment(**variables),
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    text=True,
-                )
-                for variables in worker_environments(num_workers)
-            ]
+            program = "tests.multi_worker.parity_cases"
+            words = (str(folders[key]), str(num_devices), *CLUSTERS[key])
+            workers = start(
+                [sys.executable, "-m", program, *words], num_workers
+            )
             for status, _, errors in end(workers):
                 assert status == 0, errors
         return folders[key]

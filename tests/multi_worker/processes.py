@@ -1,9 +1,28 @@
 """Workers as processes on loopback."""
 
 import contextlib
+import subprocess
 import time
 
+from launch.worker_process import worker_environments
+from tests.launch.train_test import environment
+
 SECONDS = 180
+
+
+def start(command, number=2, *, cwd=None, **variables):
+    """Workers that run a command and know of each other; 0 is the chief."""
+    return [
+        subprocess.Popen(
+            command,
+            cwd=cwd,
+            env=environment(**variables, **identity),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for identity in worker_environments(number)
+    ]
 
 
 def end(workers):

@@ -1,13 +1,10 @@
 """A long job needs no more threads than a short one."""
 
-import subprocess
 import sys
 
 import pytest
 
-from launch.worker_process import worker_environments
-from tests.launch.train_test import environment
-from tests.multi_worker.processes import end
+from tests.multi_worker.processes import end, start
 
 SCRIPT = """
 import os
@@ -27,16 +24,7 @@ os._exit(0)
 
 
 def test_collectives_leave_no_threads_behind():
-    workers = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT],
-            env=environment(**variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for variables in worker_environments(2)
-    ]
+    workers = start([sys.executable, "-c", SCRIPT])
     for status, output, errors in end(workers):
         assert status == 0, errors
         assert int(output) < 20, output

@@ -4,36 +4,17 @@ What else may happen to a worker is in local_faults_test.py.
 """
 
 import re
-import subprocess
 import sys
 
 import pytest
 
-from launch.worker_process import worker_environments
-from tests.launch.train_test import environment
-from tests.multi_worker.processes import end
+from tests.multi_worker.processes import end, start
 
 
 def run(folder, fault):
     """Exit status, output and errors of both workers."""
-    return end(
-        [
-            subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "tests.multi_worker.faulty_worker",
-                    str(folder),
-                    fault,
-                ],
-                env=environment(**variables),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for variables in worker_environments(2)
-        ]
-    )
+    program = "tests.multi_worker.faulty_worker"
+    return end(start([sys.executable, "-m", program, str(folder), fault]))
 
 
 def test_a_worker_that_fails_is_named_by_the_other(tmp_path):

@@ -9,25 +9,9 @@ import numpy as np
 import pytest
 
 from dist_amp import storage
-from launch.worker_process import worker_environments
 from tests.launch.prove_resume_test import prove
 from tests.launch.train_test import SECONDS, command, environment
-from tests.multi_worker.processes import end
-
-
-def start(cwd, *flags):
-    """Two workers of one run; worker 0 is the chief."""
-    return [
-        subprocess.Popen(
-            command(*flags),
-            cwd=cwd,
-            env=environment(PYTHONUNBUFFERED="1", **variables),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for variables in worker_environments(2)
-    ]
+from tests.multi_worker.processes import end, start
 
 
 def test_killed_workers_end_bit_for_bit_like_those_that_were_not(tmp_path):
@@ -52,7 +36,7 @@ def test_one_worker_is_asked_to_stop_and_all_do_at_the_same_step(
         "--save_every_epochs=0",
         f"--data_dir={tmp_path / 'data'}",  # prepared by both at once
     ]
-    workers = start(tmp_path, *flags)
+    workers = start(command(*flags), cwd=tmp_path, PYTHONUNBUFFERED="1")
     try:
         for line in workers[0].stdout:
             if line.startswith("Epoch 1"):
@@ -73,7 +57,7 @@ def test_one_worker_is_asked_to_stop_and_all_do_at_the_same_step(
 
     epoch = storage.read_state(storage.find(str(folder / "checkpoints"))[-1])
     flags[1] = f"--epochs={epoch['epoch'] + 1}"
-    results = end(start(tmp_path, *flags, "--resume=must"))
+    results = end(start(command(*flags, "--resume=must"), cwd=tmp_path))
     assert [status for status, _, _ in results] == [0, 0], results
     resumed = keras.models.load_model(folder / "model.keras")
 
