@@ -23,23 +23,30 @@ NASTY = "a 'b' \"c\" $HOME `id` \\ * # %j;|&é\n!x"
 # Stands for Python: writes down what it was told, ends as the plan says.
 _WORKER = f"""\
 #!{sys.executable}
-import json, os, pathlib, sys
+import json, os, pathlib, signal, sys, time
 start = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 index = int(os.environ["SLURM_PROCID"])
 told = {{"arguments": sys.argv[1:], "environment": dict(os.environ)}}
 path = pathlib.Path(f"told-{{start}}-{{index}}")
 path.with_suffix(".part").write_text(json.dumps(told))
 path.with_suffix(".part").rename(path)
-statuses = json.loads(pathlib.Path("plan").read_text())
-status = statuses[min(start, len(statuses) - 1)][index]
+plan = json.loads(pathlib.Path("plan").read_text())
+statuses = plan[min(start, len(plan) - 1)]
+status = statuses[index]
 if status == "save":  # what worker 0 does while the others are gone
-    import signal, time
     tell = lambda *_: pathlib.Path("interrupted").touch()
     signal.signal(signal.SIGTERM, tell)
     time.sleep(3)
     sys.exit(138)
 if status == "wait":
     os.execvp("sleep", ["sleep", "1000"])
+# Whoever ends first has the others ended: not before they can say theirs.
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+path.with_suffix(".ready").touch()
+for other, number in enumerate(statuses):
+    ready = pathlib.Path(f"told-{{start}}-{{other}}.ready")
+    while isinstance(number, int) and not ready.exists():
+        time.sleep(0.01)
 sys.exit(status)
 """
 
