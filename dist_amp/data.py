@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from dist_amp.arrays import ArrayBatches
 from dist_amp.stream import DatasetLike
 
 # A TFDS split of up to so many bytes is kept in memory and shuffled as a whole.
@@ -59,6 +60,7 @@ def split(
     num_local_replicas: int | None = None,
     reduction: str = "sum_over_batch_size",
     class_weight: Mapping[int, float] | None = None,
+    is_stacked: bool = False,
 ) -> tf.data.Dataset:
     """Cuts each global batch into the slices of this host's replicas.
 
@@ -74,6 +76,8 @@ def split(
             ("mean_with_sample_weight"), or nothing ("sum").
         class_weight: Weight of each class; multiplies the sample weights.
             The targets are class indices, or one-hot rows.
+        is_stacked: Whether an element holds several batches of one size, each
+            leaf `[num_batches, global_batch, ...]`; slices do so, too.
 
     Returns:
         A dataset of tuples of `Batch`, one for each local replica.
@@ -83,7 +87,8 @@ def split(
             of replicas, or an element is not of the form above.
     """
     count = num_local_replicas or num_replicas
-    _check_batch_size(batch_size_of(dataset), num_replicas)
+    if not is_stacked:
+        _check_batch_size(batch_size_of(dataset), num_replicas)
     class_table = _class_table(class_weight)
 
     def to_slices(*element: Any) -> tuple[Batch, ...]:
@@ -112,7 +117,13 @@ def split(
             for x, y, weight in slices
         )
 
-    return dataset.map(to_slices, num_parallel_calls=_AUTOTUNE)
+    def stack_to_slices(*element: Any) -> tuple[Batch, ...]:
+        return tf.vectorized_map(lambda parts: to_slices(*parts), element)
+
+    return dataset.map(
+        stack_to_slices if is_stacked else to_slices,
+        num_parallel_calls=None if is_stacked else _AUTOTUNE,
+    )
 
 
 def prepare_tfds(name: str, data_dir: str | None = None) -> Any:
@@ -185,22 +196,24 @@ def read_tfds(
     if size * _bytes_of(examples.element_spec) <= _MAX_BYTES_IN_MEMORY:
         arrays = next(iter(examples.batch(size)))
         make = from_arrays(arrays, global_batch_size, shuffle_seed)
+        scaled: Any = make.map(lambda rows: _scale_image(*rows))
     else:
-        make = _from_files(examples, global_batch_size, shuffle_seed)
+        files = _from_files(examples, global_batch_size, shuffle_seed)
 
-    def scaled(number: tf.Tensor) -> tf.data.Dataset:
-        return make(number).map(_scale_image, num_parallel_calls=_AUTOTUNE)
+        def scaled(number: tf.Tensor) -> tf.data.Dataset:
+            return files(number).map(_scale_image, num_parallel_calls=_AUTOTUNE)
 
     return scaled(tf.constant(0, tf.int64)) if shuffle_seed is None else scaled
 
 
 def from_arrays(
     arrays: Any, global_batch_size: int, shuffle_seed: int | None = None
-) -> Callable[[tf.Tensor], tf.data.Dataset]:
+) -> ArrayBatches:
     """A function of the pass over examples in memory, each pass shuffled.
 
     Batch `b` of pass `p` is computed from `(seed, p, b)` alone, by
-    `tf.random.experimental.index_shuffle`.
+    `tf.random.experimental.index_shuffle`. The fastest input for small
+    batches: `Trainer.fit` takes several of them at a time.
 
     Args:
         arrays: Structure of arrays or tensors `[num_examples, ...]`.
@@ -210,27 +223,7 @@ def from_arrays(
     Returns:
         A function that `Trainer.fit` takes for a dataset.
     """
-    arrays = tf.nest.map_structure(tf.convert_to_tensor, arrays)
-    size = len(tf.nest.flatten(arrays)[0])
-
-    def make(number: tf.Tensor) -> tf.data.Dataset:
-        def batch(index: tf.Tensor) -> Any:
-            end = tf.minimum((index + 1) * global_batch_size, size)
-            indices = tf.range(index * global_batch_size, end)
-            if shuffle_seed is not None:
-                seed = tf.stack([tf.constant(shuffle_seed, tf.int64), number])
-                indices = tf.random.experimental.index_shuffle(
-                    indices, seed, tf.constant(size - 1, tf.int64)
-                )
-            return tf.nest.map_structure(
-                lambda array: tf.gather(array, indices), arrays
-            )
-
-        num_batches = -(-size // global_batch_size)
-        dataset = tf.data.Dataset.range(num_batches)
-        return dataset.map(batch, num_parallel_calls=_AUTOTUNE)
-
-    return make
+    return ArrayBatches(arrays, global_batch_size, shuffle_seed)
 
 
 def _from_files(

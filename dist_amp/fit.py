@@ -1,7 +1,6 @@
 """One call of `Trainer.fit`: epochs, saves, stops and ways back."""
 
 import dataclasses
-import functools
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -26,7 +25,7 @@ from dist_amp.rollback import (
 )
 from dist_amp.steps import Steps
 from dist_amp.stragglers import Stragglers
-from dist_amp.stream import Stream, counts_of
+from dist_amp.stream import Stream
 
 _log = logging.getLogger(__name__)
 
@@ -300,8 +299,7 @@ class Fit:
     def _call(self, num_steps: int, per_step: int) -> dict[str, Any] | None:
         phase = self._beacon.phase(
             "step" if self._pace.is_traced else "compile",
-            functools.partial(counts_of, self._stream.iterator),
-            taken=self._stream.taken,
+            self._stream.counter(),
             batches_per_step=per_step,
         )
         try:

@@ -127,11 +127,10 @@ class MetricSet:
         """
         size = tf.cast(tf.shape(tf.nest.flatten(batch.x)[0])[0], tf.float32)
         is_finite = tf.math.is_finite(loss)
-        mean_here = tf.math.divide_no_nan(loss * batch.global_size, size)
-        self._loss.update_state(
-            tf.where(is_finite, mean_here, 0.0),
-            sample_weight=tf.where(is_finite, size, 0.0),
-        )
+        # What `Mean.update_state` comes to, in two operations.
+        total = tf.where(is_finite, loss * batch.global_size, 0.0)
+        self._loss.total.assign_add(total)
+        self._loss.count.assign_add(tf.where(is_finite, size, 0.0))
         tf.cond(is_finite, tf.no_op, lambda: self._record_bad(batch))
         for key, metric in self._metrics:
             metric.update_state(_pick(batch.y, key), _pick(predictions, key))

@@ -150,7 +150,7 @@ class Steps:
 
         def micro_step(iterator: Any, *, is_last: bool) -> None:
             with self.optimizer.accumulation(is_last=is_last):
-                self._run(self.train_replica, iterator)
+                self._run(self.train_replica, next(iterator))
 
         @tf.function
         def train_loop(
@@ -164,6 +164,43 @@ class Steps:
             return self.read_train_logs()
 
         return train_loop
+
+    def make_stacked_loop(self, spec: Any) -> Any:
+        """Compiles `loop(iterator, stack, place, num_steps)`.
+
+        It returns `(logs, stack, place, num_stacks)`: the stack under way and
+        the place in it of the next batch, which it wants back with the next
+        call; and how many stacks it took of the iterator.
+
+        Args:
+            spec: Of the iterator's elements: a slice for each replica, all
+                leaves of `[num_batches, per_replica_batch, ...]`.
+        """
+        number = tf.TensorSpec([], tf.int32)
+
+        @tf.function(
+            input_signature=[tf.data.IteratorSpec(spec), spec, number, number]
+        )
+        def stacked_loop(
+            iterator: Any, stack: Any, place: tf.Tensor, num_steps: tf.Tensor
+        ) -> tuple[dict[str, tf.Tensor], Any, tf.Tensor, tf.Tensor]:
+            leaves, num_stacks = _leaves(stack), 0
+            while num_steps > 0:
+                size = tf.shape(leaves[0])[0]
+                if place == size:
+                    leaves, place = _leaves(next(iterator)), 0
+                    size = tf.shape(leaves[0])[0]
+                    num_stacks += 1
+                end = tf.minimum(place + num_steps, size)
+                num_steps -= end - place
+                stack = _pack(spec, leaves)
+                for i in tf.range(place, end):
+                    self._run(self.train_replica, batch_of(stack, i))
+                place = end
+            logs = self.read_train_logs()
+            return logs, _pack(spec, leaves), place, num_stacks
+
+        return stacked_loop
 
     def make_lockstep(self, step: Callable[[Batch], None]) -> Any:
         """Compiles `run(iterator) -> (has_run, had_batch)`.
@@ -187,7 +224,7 @@ class Steps:
                     batch.get_value,
                     lambda: no_examples(batch.element_spec),
                 )
-                self._run(step, iter([slices]))
+                self._run(step, slices)
             return has_run, has_batch
 
         return lockstep
@@ -211,7 +248,7 @@ class Steps:
             iterator: Any, num_steps: tf.Tensor
         ) -> dict[str, tf.Tensor]:
             for _ in tf.range(num_steps):
-                self._run(self.test_step, iterator)
+                self._run(self.test_step, next(iterator))
             return self.metrics.results()
 
         return test_loop
@@ -250,9 +287,10 @@ class Steps:
             return []
         return moving_statistics(self.model)
 
-    def _run(self, step: Callable[[Batch], None], iterator: Any) -> None:
-        """Takes one element and runs a step on each replica's slice."""
-        slices = next(iterator)
+    def _run(
+        self, step: Callable[[Batch], None], slices: tuple[Batch, ...]
+    ) -> None:
+        """Runs a step on each replica's slice."""
         if len(slices) == 1:
             self.strategy.run(step, args=(slices[0],))
             return
@@ -304,6 +342,27 @@ def _settle(
         keeps_new = is_finite & ~is_skipped
         new = tf.cast(mean, variable.dtype)
         variable.assign(tf.where(keeps_new, new, old))
+
+
+def _leaves(stack: Any) -> list[tf.Tensor]:
+    """Without those that are None, which a compiled loop cannot carry."""
+    return [leaf for leaf in tf.nest.flatten(stack) if leaf is not None]
+
+
+def _pack(spec: Any, leaves: list[tf.Tensor]) -> Any:
+    """The reverse of `_leaves`."""
+    rest = iter(leaves)
+    return tf.nest.map_structure(
+        lambda leaf: next(rest) if isinstance(leaf, tf.TensorSpec) else None,
+        spec,
+    )
+
+
+def batch_of(stack: Any, place: tf.Tensor) -> Any:
+    """One batch of a stack; what is whole and aligned is not copied."""
+    return tf.nest.map_structure(
+        lambda leaf: None if leaf is None else leaf[place], stack
+    )
 
 
 def _local_replica_ids(strategy: tf.distribute.Strategy) -> list[int]:

@@ -6,6 +6,7 @@ from typing import Any, TypeAlias
 
 import tensorflow as tf
 
+from dist_amp.arrays import ArrayBatches
 from dist_amp.beacon import Counts
 
 # Global batches, or a function of the pass over the data (0, 1, ...; a scalar
@@ -41,8 +42,17 @@ def one_pass(dataset: DatasetLike) -> tf.data.Dataset:
     return dataset(tf.constant(0, tf.int64))
 
 
+def stacks_of(
+    dataset: DatasetLike, batches_per_step: int = 1
+) -> ArrayBatches | None:
+    """The data, if several batches at a time are to be taken of it."""
+    if batches_per_step > 1 or not isinstance(dataset, ArrayBatches):
+        return None
+    return dataset if dataset.stack_size > 1 else None
+
+
 def counts_of(iterator: Any) -> Counts | None:
-    """Batches taken of a prefetching iterator, and whether one is ready.
+    """Elements taken of a prefetching iterator, and whether one is ready.
 
     Reads what tf.data notes for its own tuning; safe in another thread while
     a compiled loop takes batches. None where tf.data does not tell.
@@ -118,7 +128,8 @@ class Stream:
 
     Args:
         dataset: Global batches, or a function of the pass that returns them.
-        transform: From global batches to what is fed, say `split`.
+        transform: From global batches to what is fed, say `split`; its second
+            argument tells whether they come in stacks.
         batches_per_step: Batches that one update takes.
         steps_per_epoch: Updates in an epoch; by default one pass over the
             dataset, whose last update may take fewer batches.
@@ -131,7 +142,8 @@ class Stream:
         batches_per_epoch: None until the end of the first epoch if TensorFlow
             cannot tell the length of the dataset.
         bad: Batches never to train on: `(epoch, first, end)` each.
-        taken: Batches that were taken of the iterator.
+        stack: Where batches come in stacks, the one under way,
+        place: and the place in it of the next batch.
 
     Raises:
         ValueError: `steps_per_epoch` is needed and missing.
@@ -140,7 +152,7 @@ class Stream:
     def __init__(
         self,
         dataset: DatasetLike,
-        transform: Callable[[tf.data.Dataset], tf.data.Dataset],
+        transform: Callable[[tf.data.Dataset, bool], tf.data.Dataset],
         *,
         batches_per_step: int = 1,
         steps_per_epoch: int | None = None,
@@ -175,7 +187,17 @@ class Stream:
         self.epoch = self.batch = 0
         self.bad: list[tuple[int, int, int]] = []
         self.iterator: Any = None
-        self.taken = 0
+        self.stack: Any = None
+        self.place = 0
+        self._taken = 0
+        self._stacks: ArrayBatches | None = None
+        if steps_per_epoch is not None or not self._is_padded:
+            self._stacks = stacks_of(dataset, batches_per_step)
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether the iterator yields several batches at a time."""
+        return self._stacks is not None
 
     @property
     def steps_per_epoch(self) -> int | None:
@@ -187,19 +209,36 @@ class Stream:
     def open(self, epoch: int = 0, batch: int = 0) -> None:
         """Starts at a place: the beginning, or where an earlier run was."""
         self.epoch, self.batch = epoch, batch
-        self._start(self._from(epoch * (self.batches_per_epoch or 0) + batch))
+        begin = epoch * (self.batches_per_epoch or 0) + batch
+        if self._stacks:
+            self._start_stacks(self._stacks, begin)
+        else:
+            self._start(self._from(begin))
 
     def close(self) -> None:
         """Lets go of the iterator, its threads and what it has read ahead.
 
         One that stands idle for long takes TensorFlow seconds to delete.
         """
-        self.iterator = None
+        self.iterator = self.stack = None
 
     def _start(self, batches: tf.data.Dataset) -> None:
-        stream = self._transform(batches)
+        stream = self._transform(batches, False)
         self.iterator = iter(stream.prefetch(tf.data.AUTOTUNE))
-        self.taken = 0
+        self._taken = 0
+
+    def _start_stacks(self, make: ArrayBatches, begin: int) -> None:
+        assert self._length is not None
+        number, rest = divmod(begin, self._length)
+        first, self.place = make.find(rest)
+        passes = tf.data.Dataset.range(number, tf.int64.max)
+        stacks = passes.flat_map(make.stacks).skip(first)
+        options = tf.data.Options()
+        options.threading.private_threadpool_size = 1  # it only copies
+        stream = self._transform(stacks, True).prefetch(2)
+        self.iterator = iter(stream.with_options(options))
+        self.stack = next(self.iterator)
+        self._taken = 1
 
     def _next_passes(self) -> tf.data.Dataset:
         """After a first pass of unknown length.
@@ -252,10 +291,33 @@ class Stream:
             return 1, left
         return min(wanted, whole_steps), self._batches_per_step
 
+    def counter(self) -> Callable[[], Counts | None]:
+        """Reads how many batches were taken since now; see `counts_of`.
+
+        Of stacks, to within a stack.
+        """
+        iterator, before = self.iterator, self._taken
+        times = self._stacks.stack_size if self._stacks else 1
+
+        def count() -> Counts | None:
+            counts = counts_of(iterator)
+            if counts is None:
+                return None
+            taken = max(0, counts.taken - before) * times
+            return Counts(taken, counts.is_starved)
+
+        return count
+
     def advance(self, num_batches: int) -> None:
-        """Tells that so many batches were taken from the iterator."""
+        """Tells that so many batches were used up."""
         self.batch += num_batches
-        self.taken += num_batches
+        if not self.is_stacked:
+            self._taken += num_batches
+
+    def go_to(self, stack: Any, place: int, num_stacks: int) -> None:
+        """Tells which stack is under way, after taking so many more."""
+        self.stack, self.place = stack, place
+        self._taken += num_stacks
 
     def end_epoch(self) -> None:
         """Goes to the beginning of the next epoch.
@@ -280,8 +342,16 @@ class Stream:
     def _pass_over_bad(self) -> None:
         for epoch, first, end in sorted(self.bad):
             while epoch == self.epoch and first <= self.batch < end:
-                next(self.iterator)
-                self.advance(1)
+                self._pass_over_one()
+
+    def _pass_over_one(self) -> None:
+        if not self.is_stacked:
+            next(self.iterator)
+        elif self.place < len(tf.nest.flatten(self.stack)[0]):
+            self.place += 1
+        else:
+            self.go_to(next(self.iterator), 1, num_stacks=1)
+        self.advance(1)
 
     def _next_border(self) -> int:
         """Where the epoch ends, or the next bad batch stands."""

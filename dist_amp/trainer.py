@@ -35,6 +35,7 @@ from dist_amp.stream import (
     length_of,
     one_pass,
     padded,
+    stacks_of,
 )
 from dist_amp.watchdog import Watchdog
 
@@ -121,6 +122,8 @@ class Trainer(Steps):
         model.optimizer = optimizer
         model.stop_training = False
         self._train_loop = self.make_train_loop()
+        self._stacked_loop: Any = None
+        self._stacked_spec: Any = None
         self._test_loop = self.make_test_loop()
         self._train_lockstep = self.make_lockstep(self.train_replica)
         self._test_lockstep = self.make_lockstep(self.test_step)
@@ -219,7 +222,9 @@ class Trainer(Steps):
             self._check_recovery(dataset, checkpoint_dir, save_policy, rollback)
             stream = Stream(
                 dataset,
-                lambda batches: self._split(batches, class_weight),
+                lambda batches, is_stacked: self._split(
+                    batches, class_weight, is_stacked=is_stacked
+                ),
                 batches_per_step=self.optimizer.gradient_accumulation_steps
                 or 1,
                 steps_per_epoch=steps_per_epoch,
@@ -356,10 +361,22 @@ class Trainer(Steps):
 
     def _traced_loop(self, dataset: DatasetLike) -> Any:
         """The graph that `fit` will run; it makes no iterator."""
+        parts = self.optimizer.gradient_accumulation_steps or 1
+        if stacks := stacks_of(dataset, parts):
+            first = stacks.stacks(tf.constant(0, tf.int64))
+            spec = self._split(first, is_stacked=True).element_spec
+            return self._loop_over_stacks(spec).get_concrete_function()
         spec = self._split(one_pass(dataset)).element_spec
         return self._train_loop.get_concrete_function(
             tf.data.IteratorSpec(spec), tf.constant(1), tf.constant(1)
         )
+
+    def _loop_over_stacks(self, spec: Any) -> Any:
+        """Traced for another dataset only if its shapes are others."""
+        if self._stacked_loop is None or self._stacked_spec != spec:
+            self._stacked_spec = spec
+            self._stacked_loop = self.make_stacked_loop(spec)
+        return self._stacked_loop
 
     def _watched(self) -> contextlib.AbstractContextManager[None]:
         """Other workers that fail or stand still end this one too."""
@@ -411,9 +428,12 @@ class Trainer(Steps):
         self,
         dataset: tf.data.Dataset,
         class_weight: Mapping[int, float] | None = None,
+        *,
+        is_stacked: bool = False,
     ) -> tf.data.Dataset:
         return data.split(
             dataset,
+            is_stacked=is_stacked,
             num_replicas=self.strategy.num_replicas_in_sync,
             first_replica=self.replica_ids[0],
             num_local_replicas=len(self.replica_ids),
@@ -533,6 +553,8 @@ class Trainer(Steps):
         if stream.batches_per_epoch is None:
             return self._call_lockstep(stream)
         try:
+            if stream.is_stacked:
+                return self._call_stacked_loop(stream, num_steps)
             logs = self._train_loop(
                 stream.iterator,
                 tf.constant(num_steps),
@@ -540,6 +562,19 @@ class Trainer(Steps):
             )
         except tf.errors.InvalidArgumentError as error:
             raise self._explained(error) from error
+        return to_numbers(logs)
+
+    def _call_stacked_loop(
+        self, stream: Stream, num_steps: int
+    ) -> dict[str, float]:
+        loop = self._loop_over_stacks(stream.iterator.element_spec)
+        logs, stack, place, num_stacks = loop(
+            stream.iterator,
+            stream.stack,
+            tf.constant(stream.place),
+            tf.constant(num_steps),
+        )
+        stream.go_to(stack, int(place), int(num_stacks))
         return to_numbers(logs)
 
     def _call_lockstep(self, stream: Stream) -> dict[str, float] | None:

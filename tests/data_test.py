@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_amp import data, stream
+from dist_amp import data, steps, stream
 
 
 def batches(num_examples, batch_size, *more):
@@ -36,6 +36,31 @@ def test_shares_of_all_replicas_add_up_to_one(num_examples):
     (replicas,) = slices(batches(num_examples, 8), num_replicas=4)
     total = sum(float(tf.reduce_sum(batch.weight)) for batch in replicas)
     assert total == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("reduction", data.REDUCTIONS)
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+def test_stacks_are_split_like_their_batches(num_parts, reduction):
+    x, y, weight = np.ones((50, 3)), np.arange(50) % 4, np.arange(50.0)
+    make = data.from_arrays((x, y, weight)[:num_parts], 7, shuffle_seed=3)
+    options = {"num_replicas": 2, "reduction": reduction}
+    if num_parts > 1:
+        options["class_weight"] = {1: 2.0}
+    batches = slices(make(tf.constant(2, tf.int64)), **options)
+    stacks = make.stacks(tf.constant(2, tf.int64))
+    split = []
+    for stack in data.split(stacks, is_stacked=True, **options):
+        for place in range(len(stack[0].x)):
+            split.append([steps.batch_of(one, place) for one in stack])
+    assert len(split) == len(batches) == 8
+    for one, other in zip(split, batches, strict=True):
+        tf.nest.map_structure(np.testing.assert_array_equal, one, list(other))
+
+
+def test_batches_too_large_to_gain_by_it_are_not_stacked():
+    image = np.zeros((4, 1024, 1024), "float32")
+    assert data.from_arrays(image, 1).stack_size == 1
+    assert data.from_arrays(image[:, :512], 1).stack_size == 2
 
 
 def test_hosts_take_their_own_replicas():

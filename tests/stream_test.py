@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_amp import data
+from dist_amp import arrays, data
 from dist_amp.stream import Stream
 
 NUM_BATCHES = 5
@@ -16,9 +16,20 @@ def batches(num_batches=NUM_BATCHES):
     return tf.data.Dataset.range(2 * num_batches).batch(2)
 
 
-def shuffled(num_batches=NUM_BATCHES):
-    """A function of the pass."""
+def stacked(num_batches=NUM_BATCHES):
+    """A function of the pass, which also comes in stacks of two batches."""
     return data.from_arrays(np.arange(2 * num_batches), 2, shuffle_seed=7)
+
+
+def shuffled(num_batches=NUM_BATCHES):
+    """The same, one batch at a time."""
+    make = stacked(num_batches)
+    return lambda number: make(number)
+
+
+@pytest.fixture(autouse=True)
+def _small_stacks(monkeypatch):
+    monkeypatch.setattr(arrays, "_MOST_BATCHES", 2)
 
 
 def unknown_length(number):
@@ -26,17 +37,28 @@ def unknown_length(number):
 
 
 def make_stream(dataset, **options):
-    return Stream(dataset, lambda dataset: dataset, **options)
+    return Stream(dataset, lambda dataset, is_stacked: dataset, **options)
 
 
 def read(stream, num_batches):
-    return [next(stream.iterator).numpy().tolist() for _ in range(num_batches)]
+    return [read_one(stream).numpy().tolist() for _ in range(num_batches)]
+
+
+def read_one(stream):
+    """What the compiled loop does."""
+    if not stream.is_stacked:
+        return next(stream.iterator)
+    if stream.place == len(stream.stack):
+        stream.go_to(next(stream.iterator), 0, num_stacks=1)
+    stream.place += 1
+    return stream.stack[stream.place - 1]
 
 
 SOURCES = {
     "dataset": batches,
     "shuffled dataset": lambda: batches().shuffle(9, seed=3),
     "function of the pass": shuffled,
+    "stacks": stacked,
 }
 
 
@@ -81,6 +103,29 @@ def test_each_pass_of_a_function_has_every_example_once():
     assert passes[0] != passes[1] != passes[2]
 
 
+@pytest.mark.parametrize("begin", [0, 3, 5, 6, 13])
+def test_stacks_hold_the_same_batches(begin):
+    """The last, smaller one of a pass too."""
+    make = data.from_arrays(np.arange(11), 2, shuffle_seed=7)
+    one_at_a_time = make_stream(lambda number: make(number))
+    in_stacks = make_stream(make)
+    assert in_stacks.is_stacked
+    for stream in (one_at_a_time, in_stacks):
+        stream.open(*divmod(begin, 6))
+    batches = read(in_stacks, 15)
+    assert batches == read(one_at_a_time, 15)
+    assert sum(map(len, batches[:6])) == 11
+
+
+def test_the_counter_tells_batches_of_stacks():
+    stream = make_stream(stacked(100))
+    stream.open()
+    read(stream, 7)
+    count = stream.counter()
+    read(stream, 12)
+    assert count().taken == 12
+
+
 def train(stream, num_epochs):
     """Takes one batch at a time; returns the batches of each epoch."""
     epochs = []
@@ -119,11 +164,12 @@ def test_a_length_that_tensorflow_cannot_tell_is_learned(make):
     assert train(resumed, 3) == [straight[1][2:], straight[2]]
 
 
-def test_bad_batches_are_passed_over():
-    stream = make_stream(shuffled())
+@pytest.mark.parametrize("make", [shuffled, stacked])
+def test_bad_batches_are_passed_over(make):
+    stream = make_stream(make())
     stream.open()
     straight = train(stream, 3)
-    stream = make_stream(shuffled())
+    stream = make_stream(make())
     stream.bad = [(0, 1, 3), (1, 0, 1), (2, 4, 5)]
     stream.open()
     assert train(stream, 3) == [

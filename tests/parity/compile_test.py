@@ -6,6 +6,7 @@ import sys
 import pytest
 import tensorflow as tf
 
+from dist_amp import data
 from tests import support
 
 
@@ -56,6 +57,17 @@ def test_one_trace_with_fixed_shapes(num_replicas):
     assert _num_traces(trainer) == [1, 1]
 
 
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_one_trace_for_batches_that_come_in_stacks(num_replicas):
+    trainer = support.make_trainer(num_replicas=num_replicas)
+    for last_batch in (0, 5):
+        arrays = support.make_arrays(4 * support.GLOBAL_BATCH + last_batch)
+        make = data.from_arrays(arrays, support.GLOBAL_BATCH)
+        trainer.fit(make, epochs=2, verbose=0)
+    assert trainer._train_loop.experimental_get_tracing_count() == 0
+    assert trainer._stacked_loop.experimental_get_tracing_count() == 1
+
+
 @functools.cache
 def _reference(precision):
     return support.fit_reference(support.make_dataset(21), precision=precision)
@@ -101,6 +113,18 @@ def test_steps_per_loop_gives_the_same_model(num_replicas, steps_per_loop):
         support.make_dataset(21),
         num_replicas=num_replicas,
         fit={"steps_per_loop": steps_per_loop},
+    )
+    support.assert_parity(trained, _reference("float32"))
+
+
+@pytest.mark.parametrize("steps_per_loop", [1, 3, "auto"])
+@pytest.mark.parametrize("num_replicas", support.NUM_REPLICAS)
+def test_stacks_give_the_same_model(num_replicas, steps_per_loop):
+    """With a smaller last batch, which comes in a stack of its own."""
+    make = data.from_arrays(support.make_arrays(21), support.GLOBAL_BATCH)
+    assert make.stack_size == 2
+    trained = support.fit_trainer(
+        make, num_replicas=num_replicas, fit={"steps_per_loop": steps_per_loop}
     )
     support.assert_parity(trained, _reference("float32"))
 

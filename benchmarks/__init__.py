@@ -1,0 +1,1 @@
+"""Speed against other frameworks and against the machine's own limit."""

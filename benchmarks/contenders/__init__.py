@@ -1,0 +1,1 @@
+"""Frameworks that train the same workloads, a process each."""

@@ -1,0 +1,71 @@
+"""How contenders take turns, each in its own process.
+
+The runner starts them all, then asks one after the other for a pass of so
+many steps. A pass is timed in the contender, from the request until the loss
+is a number on the host.
+"""
+
+import dataclasses
+import json
+import resource
+import sys
+import time
+
+from benchmarks.workloads import WORKLOADS, Workload
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What one contender trains, and how.
+
+    Attributes:
+        workload: Name of the workload.
+        replicas: Replicas; logical CPUs where there is no GPU.
+        precision: A Keras policy: float32, mixed_float16, mixed_bfloat16.
+        steps: Steps in a pass.
+        steps_per_call: Steps in one compiled call, for those that can choose.
+        compiles: Whether PyTorch compiles the model.
+    """
+
+    workload: str
+    replicas: int = 1
+    precision: str = "float32"
+    steps: int = 1
+    steps_per_call: int = 1
+    compiles: bool = False
+
+    @property
+    def work(self) -> Workload:
+        """The workload itself."""
+        return WORKLOADS[self.workload]
+
+    def to_json(self) -> str:
+        """What `read_setting` reads."""
+        return json.dumps(dataclasses.asdict(self))
+
+
+def read_setting() -> Setting:
+    """The setting that is this process's argument."""
+    return Setting(**json.loads(sys.argv[1]))
+
+
+class Passes:
+    """Requests on stdin, answers on stdout, all else on stderr."""
+
+    def __init__(self) -> None:
+        self._answers = sys.stdout
+        sys.stdout = sys.stderr
+        self._begin = 0.0
+
+    def wait(self) -> bool:
+        """Waits for the request of a pass; False if no more will come."""
+        request = sys.stdin.readline()
+        self._begin = time.perf_counter()
+        return bool(request)
+
+    def done(self, loss: float) -> None:
+        """Reports a pass and the mean loss of its steps."""
+        seconds = time.perf_counter() - self._begin
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        answer = {"seconds": seconds, "loss": loss, "peak_mib": peak / 1024}
+        print(json.dumps(answer), file=self._answers, flush=True)
