@@ -91,38 +91,41 @@ def split(
         _check_batch_size(batch_size_of(dataset), num_replicas)
     class_table = _class_table(class_weight)
 
+    axis = 1 if is_stacked else 0  # of the examples
+
     def to_slices(*element: Any) -> tuple[Batch, ...]:
         x, y, weight = _unpack(element)
-        size = _rows(x)
+        size = _rows(x, axis)
+        batches = tf.shape(tf.nest.flatten(x)[0])[:axis]  # [] or [number]
         # A batch without examples divides nothing, by one.
-        size_as_float = tf.maximum(tf.cast(size, tf.float32), 1.0)
+        global_size = tf.fill(batches, tf.maximum(tf.cast(size, tf.float32), 1))
         if weight is None:
-            weight = tf.ones([size], tf.float32)
+            weight = tf.ones([*tf.unstack(batches, axis), size], tf.float32)
         weight = tf.cast(weight, tf.float32)
-        if weight.shape.rank == 2 and weight.shape[-1] == 1:
+        if weight.shape.rank == axis + 2 and weight.shape[-1] == 1:
             weight = tf.squeeze(weight, axis=-1)
         if class_table is not None:
-            weight = _times(weight, class_table, y)
-        normalizer = size_as_float
+            weight = _times(weight, class_table, y, axis)
+        normalizer = global_size
         if reduction == "mean_with_sample_weight":
-            normalizer = _total_weight(weight, size_as_float)
+            normalizer = _total_weight(weight, axis)
         if reduction != "sum":
-            weight = tf.math.divide_no_nan(weight, normalizer)
+            ones = [1] * (weight.shape.rank - axis)
+            divisor = tf.reshape(
+                normalizer, [*tf.unstack(batches, axis), *ones]
+            )
+            weight = tf.math.divide_no_nan(weight, divisor)
         slices = (
-            _rows_of_replica((x, y, weight), size, replica, num_replicas)
+            _rows_of_replica((x, y, weight), size, replica, num_replicas, axis)
             for replica in range(first_replica, first_replica + count)
         )
         return tuple(
-            Batch(x, y, weight, size_as_float, normalizer)
+            Batch(x, y, weight, global_size, normalizer)
             for x, y, weight in slices
         )
 
-    def stack_to_slices(*element: Any) -> tuple[Batch, ...]:
-        return tf.vectorized_map(lambda parts: to_slices(*parts), element)
-
     return dataset.map(
-        stack_to_slices if is_stacked else to_slices,
-        num_parallel_calls=None if is_stacked else _AUTOTUNE,
+        to_slices, num_parallel_calls=None if is_stacked else _AUTOTUNE
     )
 
 
@@ -322,20 +325,28 @@ def _check_batch_size(batch_size: int | None, num_replicas: int) -> None:
     )
 
 
-def _rows(x: Any) -> tf.Tensor | int:
+def _rows(x: Any, axis: int) -> tf.Tensor | int:
     """Number of examples; a Python int where the shape is static."""
     leaf = tf.nest.flatten(x)[0]
-    return tf.shape(leaf)[0] if leaf.shape[0] is None else leaf.shape[0]
+    static = leaf.shape[axis]
+    return tf.shape(leaf)[axis] if static is None else static
 
 
 def _rows_of_replica(
-    tensors: Any, size: tf.Tensor | int, replica: int, num_replicas: int
+    tensors: Any,
+    size: tf.Tensor | int,
+    replica: int,
+    num_replicas: int,
+    axis: int,
 ) -> Any:
     """Slice number `replica` of `num_replicas`; sizes differ by one at most."""
+    if num_replicas == 1:
+        return tensors  # what is not sliced is not copied
     begin = replica * size // num_replicas
     end = (replica + 1) * size // num_replicas
+    rows = (slice(None),) * axis + (slice(begin, end),)
     return tf.nest.map_structure(
-        lambda leaf: None if leaf is None else leaf[begin:end], tensors
+        lambda leaf: None if leaf is None else leaf[rows], tensors
     )
 
 
@@ -348,11 +359,14 @@ def _class_table(class_weight: Mapping[int, float] | None) -> tf.Tensor | None:
     return tf.constant(table, tf.float32)
 
 
-def _times(weight: tf.Tensor, class_table: tf.Tensor, y: Any) -> tf.Tensor:
+def _times(
+    weight: tf.Tensor, class_table: tf.Tensor, y: Any, axis: int
+) -> tf.Tensor:
     """Multiplies sample weights by those of the classes in `y`."""
-    if y.shape.rank > 1 and y.shape[-1] != 1:
+    has_columns = y.shape.rank > axis + 1
+    if has_columns and y.shape[-1] != 1:
         y = tf.argmax(y, axis=-1)
-    elif y.shape.rank > 1:
+    elif has_columns:
         y = tf.squeeze(y, axis=-1)
     index = tf.cast(y, tf.int64)
     last = tf.size(class_table, tf.int64) - 1
@@ -360,7 +374,8 @@ def _times(weight: tf.Tensor, class_table: tf.Tensor, y: Any) -> tf.Tensor:
     return weight * tf.where(index <= last, known, 1.0)
 
 
-def _total_weight(weight: tf.Tensor, size: tf.Tensor) -> tf.Tensor:
+def _total_weight(weight: tf.Tensor, axis: int) -> tf.Tensor:
     """Sum over the examples of their weight (its mean over the rest)."""
-    elements_per_example = tf.cast(tf.size(weight), tf.float32) / size
-    return tf.reduce_sum(weight) / elements_per_example
+    inner = list(range(axis + 1, weight.shape.rank))
+    per_example = tf.reduce_mean(weight, inner) if inner else weight
+    return tf.reduce_sum(per_example, axis)

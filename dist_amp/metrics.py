@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from dist_amp import strategy as strategy_lib
 from dist_amp.data import Batch
+from dist_amp.pace import COUNTS
 
 MetricLike: TypeAlias = str | keras.metrics.Metric
 MetricsLike: TypeAlias = (
@@ -35,19 +36,12 @@ class MetricSet:
 
     def __init__(self, metrics: MetricsLike):
         self._wanted = metrics
-        self._loss = keras.metrics.Mean(name="loss")
-        self._nonfinite_losses = keras.metrics.Sum(name="nonfinite_losses")
-        self._nonfinite_inputs = keras.metrics.Sum(name="nonfinite_inputs")
+        self._totals = _Totals()
         self._metrics: list[tuple[Any, keras.metrics.Metric]] = []
 
     @property
     def _all(self) -> list[keras.metrics.Metric]:
-        return [
-            self._loss,
-            self._nonfinite_losses,
-            self._nonfinite_inputs,
-            *(metric for _, metric in self._metrics),
-        ]
+        return [self._totals, *(metric for _, metric in self._metrics)]
 
     @property
     def variables(self) -> list[keras.Variable]:
@@ -125,30 +119,16 @@ class MetricSet:
                 scalar float32.
             predictions: What the model returned.
         """
-        size = tf.cast(tf.shape(tf.nest.flatten(batch.x)[0])[0], tf.float32)
-        is_finite = tf.math.is_finite(loss)
-        # What `Mean.update_state` comes to, in two operations.
-        total = tf.where(is_finite, loss * batch.global_size, 0.0)
-        self._loss.total.assign_add(total)
-        self._loss.count.assign_add(tf.where(is_finite, size, 0.0))
-        tf.cond(is_finite, tf.no_op, lambda: self._record_bad(batch))
+        self._totals.update_state(batch, loss)
         for key, metric in self._metrics:
             metric.update_state(_pick(batch.y, key), _pick(predictions, key))
 
-    def _record_bad(self, batch: Batch) -> tf.Operation:
-        inputs = [
-            tf.reduce_all(tf.math.is_finite(leaf))
-            for leaf in tf.nest.flatten((batch.x, batch.y, batch.weight))
-            if leaf is not None and leaf.dtype.is_floating
-        ]
-        is_bad = tf.logical_not(tf.reduce_all(inputs))
-        self._nonfinite_losses.update_state(1.0)
-        self._nonfinite_inputs.update_state(tf.cast(is_bad, tf.float32))
-        return tf.no_op()
-
     def results(self) -> dict[str, tf.Tensor]:
         """Reduced over replicas, by name; call it in cross-replica context."""
-        results = {"loss": self._loss.result()}
+        totals = self._totals.result()
+        results = {
+            "loss": tf.math.divide_no_nan(totals["loss"], totals["examples"])
+        }
         for key, metric in self._metrics:
             value = metric.result()
             if isinstance(value, dict):
@@ -160,20 +140,44 @@ class MetricSet:
     @property
     def num_examples(self) -> float:
         """Examples in the mean loss since `reset`; read it on the host."""
-        return float(tf.convert_to_tensor(self._loss.count))
+        return float(self._totals.result()["examples"])
 
     def counts(self) -> dict[str, tf.Tensor]:
         """Examples in the mean loss, and what was not finite, since `reset`.
 
         Losses and inputs are counted by slice: a replica's part of a batch.
         """
-        return {
-            "examples": tf.convert_to_tensor(self._loss.count),
-            **{
-                metric.name: metric.result()
-                for metric in (self._nonfinite_losses, self._nonfinite_inputs)
-            },
-        }
+        totals = self._totals.result()
+        return {name: totals[name] for name in COUNTS}
+
+
+class _Totals(keras.metrics.Metric):
+    """Sums that every run needs, in one variable: a step adds to it once."""
+
+    _NAMES = ("loss", *COUNTS)
+
+    def __init__(self) -> None:
+        super().__init__(name="totals", dtype="float32")
+        self._sums = self.add_variable(
+            (len(self._NAMES),), initializer="zeros", name="sums"
+        )
+
+    def update_state(self, batch: Batch, loss: tf.Tensor) -> None:
+        size = tf.cast(tf.shape(tf.nest.flatten(batch.x)[0])[0], tf.float32)
+        # A NaN in the sum; looking at each number would take twice as long.
+        sums = [
+            tf.reduce_sum(tf.cast(leaf, tf.float32))
+            for leaf in tf.nest.flatten((batch.x, batch.y, batch.weight))
+            if leaf is not None and leaf.dtype.is_floating
+        ]
+        is_bad = tf.logical_not(tf.math.is_finite(tf.add_n(sums)))
+        good = tf.stack([loss * batch.global_size, size, 0.0, 0.0])
+        bad = tf.stack([0.0, 0.0, 1.0, tf.cast(is_bad, tf.float32)])
+        self._sums.assign_add(tf.where(tf.math.is_finite(loss), good, bad))
+
+    def result(self) -> dict[str, tf.Tensor]:
+        sums = tf.unstack(tf.convert_to_tensor(self._sums))
+        return dict(zip(self._NAMES, sums, strict=True))
 
 
 def to_numbers(logs: Mapping[str, Any]) -> dict[str, Any]:

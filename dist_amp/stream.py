@@ -128,8 +128,8 @@ class Stream:
 
     Args:
         dataset: Global batches, or a function of the pass that returns them.
-        transform: From global batches to what is fed, say `split`; its second
-            argument tells whether they come in stacks.
+        transform: From global batches to what is fed, say `split`, which is
+            told `is_stacked`: whether they come in stacks.
         batches_per_step: Batches that one update takes.
         steps_per_epoch: Updates in an epoch; by default one pass over the
             dataset, whose last update may take fewer batches.
@@ -152,7 +152,7 @@ class Stream:
     def __init__(
         self,
         dataset: DatasetLike,
-        transform: Callable[[tf.data.Dataset, bool], tf.data.Dataset],
+        transform: Callable[..., tf.data.Dataset],
         *,
         batches_per_step: int = 1,
         steps_per_epoch: int | None = None,
@@ -223,7 +223,7 @@ class Stream:
         self.iterator = self.stack = None
 
     def _start(self, batches: tf.data.Dataset) -> None:
-        stream = self._transform(batches, False)
+        stream = self._transform(batches, is_stacked=False)
         self.iterator = iter(stream.prefetch(tf.data.AUTOTUNE))
         self._taken = 0
 
@@ -235,7 +235,7 @@ class Stream:
         stacks = passes.flat_map(make.stacks).skip(first)
         options = tf.data.Options()
         options.threading.private_threadpool_size = 1  # it only copies
-        stream = self._transform(stacks, True).prefetch(2)
+        stream = self._transform(stacks, is_stacked=True).prefetch(2)
         self.iterator = iter(stream.with_options(options))
         self.stack = next(self.iterator)
         self._taken = 1

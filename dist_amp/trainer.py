@@ -222,9 +222,7 @@ class Trainer(Steps):
             self._check_recovery(dataset, checkpoint_dir, save_policy, rollback)
             stream = Stream(
                 dataset,
-                lambda batches, is_stacked: self._split(
-                    batches, class_weight, is_stacked=is_stacked
-                ),
+                functools.partial(self._split, class_weight=class_weight),
                 batches_per_step=self.optimizer.gradient_accumulation_steps
                 or 1,
                 steps_per_epoch=steps_per_epoch,
@@ -427,18 +425,18 @@ class Trainer(Steps):
     def _split(
         self,
         dataset: tf.data.Dataset,
-        class_weight: Mapping[int, float] | None = None,
         *,
+        class_weight: Mapping[int, float] | None = None,
         is_stacked: bool = False,
     ) -> tf.data.Dataset:
         return data.split(
             dataset,
-            is_stacked=is_stacked,
             num_replicas=self.strategy.num_replicas_in_sync,
             first_replica=self.replica_ids[0],
             num_local_replicas=len(self.replica_ids),
             reduction=_reduction_of(self.loss),
             class_weight=class_weight,
+            is_stacked=is_stacked,
         )
 
     def _end(self, fit: Fit) -> None:
