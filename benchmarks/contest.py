@@ -1,5 +1,6 @@
 """Contenders that take turns: A B C A B C, so that all meet the same noise."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Mapping, Sequence
-from typing import IO
+from typing import IO, Any
 
 from benchmarks.passes import Setting
 
@@ -23,24 +24,14 @@ class Contender:
     Attributes:
         name: As in the tables.
         module: Its file.
-        steps_per_call: See `Setting`.
-        compiles: See `Setting`.
+        options: Fields of `Setting` that are its own.
         most_replicas: What it can train on in one process.
     """
 
     name: str
     module: str
-    steps_per_call: int = 1
-    compiles: bool = False
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     most_replicas: int = 1000
-
-    def setting(self, setting: Setting) -> Setting:
-        """What it is started with."""
-        return dataclasses.replace(
-            setting,
-            steps_per_call=min(self.steps_per_call, setting.steps),
-            compiles=self.compiles,
-        )
 
 
 OURS, LIMIT = "dist_amp", "bare step"
@@ -49,12 +40,19 @@ CONTENDERS = (
     Contender(LIMIT, "bare_step"),
     Contender("Keras fit", "keras_fit"),
     # Several steps a call fail under MirroredStrategy.
-    Contender("Keras fit, 50 steps a call", "keras_fit", 50, most_replicas=1),
+    Contender(
+        "Keras fit, 50 steps a call",
+        "keras_fit",
+        {"steps_per_call": 50},
+        most_replicas=1,
+    ),
     Contender("tutorial's loop", "tutorial_loop"),
     Contender("Orbit", "orbit_trainer"),
     # DistributedDataParallel wants a process for each replica.
     Contender("PyTorch", "pytorch", most_replicas=1),
-    Contender("PyTorch, compiled", "pytorch", compiles=True, most_replicas=1),
+    Contender(
+        "PyTorch, compiled", "pytorch", {"compiles": True}, most_replicas=1
+    ),
 )
 
 
@@ -90,6 +88,7 @@ class Process:
         environment: Mapping[str, str] | None = None,
     ):
         self.result = Result()
+        setting = dataclasses.replace(setting, **contender.options)
         self._steps = setting.steps
         self._log: IO[str] = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -97,7 +96,7 @@ class Process:
                 sys.executable,
                 "-m",
                 f"benchmarks.contenders.{contender.module}",
-                contender.setting(setting).to_json(),
+                setting.to_json(),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -111,25 +110,31 @@ class Process:
         )
 
     def run_pass(self, *, counts: bool) -> None:
-        """Asks for a pass and waits for it; notes an end that is no answer."""
-        if self.result.error is not None:
-            return
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
+        """Asks for a pass and waits for it."""
+        self.ask()
+        self.hear(counts=counts)
+
+    def ask(self) -> None:
+        """Asks for a pass."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.write("\n")
+            self._process.stdin.flush()
+
+    def hear(self, *, counts: bool) -> None:
+        """Waits for the answer; notes an end that is none.
+
+        Args:
+            counts: Whether the pass is one of the results.
+        """
+        assert self._process.stdout is not None
         limit = threading.Timer(_SECONDS_A_PASS, self._process.kill)
         limit.start()
-        try:
-            stdin.write("\n")
-            stdin.flush()
-            answer = stdout.readline()
-        except BrokenPipeError:
-            answer = ""
-        finally:
-            limit.cancel()
+        answer = self._process.stdout.readline()
+        limit.cancel()
         if not answer:
             self._process.wait()
-            self.result.error = self._last_words()
+            self.result.error = self.result.error or self._last_words()
             return
         numbers = json.loads(answer)
         self.result.loss = numbers["loss"]
@@ -146,7 +151,8 @@ class Process:
     def end(self) -> None:
         """Asks for no more passes."""
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):
+            self._process.stdin.close()
         try:
             self._process.wait(30)
         except subprocess.TimeoutExpired:

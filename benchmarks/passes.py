@@ -7,6 +7,7 @@ is a number on the host.
 
 import dataclasses
 import json
+import os
 import resource
 import sys
 import time
@@ -23,21 +24,32 @@ class Setting:
         replicas: Replicas; logical CPUs where there is no GPU.
         precision: A Keras policy: float32, mixed_float16, mixed_bfloat16.
         steps: Steps in a pass.
+        batch_size: Global batch; the workload's own if 0.
         steps_per_call: Steps in one compiled call, for those that can choose.
-        compiles: Whether PyTorch compiles the model.
+        compiles: Whether the model is compiled: by XLA, in PyTorch by its
+            own compiler.
+        loss_scale: "auto", "dynamic" or "none".
+        save_every: Updates from one checkpoint to the next; none if 0.
+        core: The only processor core to use; all if -1.
     """
 
     workload: str
     replicas: int = 1
     precision: str = "float32"
     steps: int = 1
+    batch_size: int = 0
     steps_per_call: int = 1
     compiles: bool = False
+    loss_scale: str = "auto"
+    save_every: int = 0
+    core: int = -1
 
     @property
     def work(self) -> Workload:
         """The workload itself."""
-        return WORKLOADS[self.workload]
+        work = WORKLOADS[self.workload]
+        size = self.batch_size or work.batch_size
+        return dataclasses.replace(work, batch_size=size)
 
     def to_json(self) -> str:
         """What `read_setting` reads."""
@@ -45,8 +57,11 @@ class Setting:
 
 
 def read_setting() -> Setting:
-    """The setting that is this process's argument."""
-    return Setting(**json.loads(sys.argv[1]))
+    """The setting that is this process's argument; pins it to its core."""
+    setting = Setting(**json.loads(sys.argv[1]))
+    if setting.core >= 0:
+        os.sched_setaffinity(0, {setting.core})
+    return setting
 
 
 class Passes:

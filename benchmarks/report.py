@@ -1,5 +1,6 @@
 """Results as a Markdown table and as a picture."""
 
+import datetime
 import pathlib
 import platform
 import re
@@ -17,6 +18,11 @@ def machine() -> str:
     found = re.search(r"model name\s*: (.*)", text)
     cores = text.count("model name") or "?"
     return f"{found[1] if found else platform.processor()}, {cores} cores"
+
+
+def heading() -> str:
+    """Date and machine, for the top of a report."""
+    return f"{datetime.date.today()}, {machine()}\n"
 
 
 def title(setting: Setting) -> str:

@@ -1,12 +1,11 @@
 """Compares dist_amp with its peers and with the bare step.
 
-python -m benchmarks.run
+python -m benchmarks.run --all --out benchmarks/speed
 python -m benchmarks.run --workloads mlp --replicas 1 2 --passes 7
 """
 
 import argparse
 import dataclasses
-import datetime
 import itertools
 import json
 import pathlib
@@ -16,6 +15,13 @@ from benchmarks import contest, report
 from benchmarks.passes import Setting
 from benchmarks.workloads import WORKLOADS
 
+EVERYTHING = (
+    ("mlp", 1, "float32"),
+    ("mlp", 2, "float32"),
+    ("lm", 1, "float32"),
+    ("lm", 1, "mixed_bfloat16"),
+    ("conv", 1, "float32"),
+)
 PRECISIONS = ("float32", "mixed_float16", "mixed_bfloat16")
 
 
@@ -25,12 +31,8 @@ def main() -> int:
     names = arguments.contenders
     contenders = [c for c in contest.CONTENDERS if c.name in names]
     all_results = {}
-    print(f"{datetime.date.today()}, {report.machine()}\n")
-    for workload, replicas, precision in itertools.product(
-        arguments.workloads, arguments.replicas, arguments.precisions
-    ):
-        steps = arguments.steps or WORKLOADS[workload].steps
-        setting = Setting(workload, replicas, precision, steps)
+    print(report.heading())
+    for setting in _settings(arguments):
         results = contest.hold(setting, contenders, passes=arguments.passes)
         print(f"{report.title(setting)}\n\n{report.table(results)}\n")
         sys.stdout.flush()
@@ -38,6 +40,20 @@ def main() -> int:
     if arguments.out:
         _write(arguments.out, all_results)
     return int(any(r.error for rs in all_results.values() for r in rs.values()))
+
+
+def _settings(arguments: argparse.Namespace) -> list[Setting]:
+    combinations = itertools.product(
+        arguments.workloads, arguments.replicas, arguments.precisions
+    )
+    if arguments.all:
+        combinations = iter(EVERYTHING)
+    return [
+        Setting(
+            name, replicas, precision, arguments.steps or WORKLOADS[name].steps
+        )
+        for name, replicas, precision in combinations
+    ]
 
 
 def _read_arguments() -> argparse.Namespace:
@@ -49,6 +65,9 @@ def _read_arguments() -> argparse.Namespace:
     names = [contender.name for contender in contest.CONTENDERS]
     parser.add_argument(
         "--workloads", nargs="+", choices=WORKLOADS, default=["mlp"]
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="what benchmarks/README.md shows"
     )
     parser.add_argument("--replicas", nargs="+", type=int, default=[1])
     parser.add_argument(

@@ -1,157 +1,191 @@
-"""What every contender trains: a model, examples in memory, a batch size.
+"""What every contender trains: sizes of a model, examples in memory, a batch.
 
-The models are written once for Keras 3 and tf_keras, whose layers have the
-same names; `contenders.pytorch` has their twins.
+The models themselves stand in `keras_models` (for Keras 3 and tf_keras, whose
+layers have the same names) and in `torch_models`.
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Iterator
+from typing import TypeAlias
 
 import numpy as np
 
 LEARNING_RATE = 1e-3
 
-LM_VOCABULARY, LM_LENGTH, LM_WIDTH, LM_HEADS, LM_BLOCKS = 2048, 128, 256, 4, 4
-CONV_WIDTHS, CONV_BLOCKS = (16, 32, 64), 3
+
+@dataclasses.dataclass(frozen=True)
+class Dense:
+    """Dense layers on a flattened input, the last one with the classes."""
+
+    shape: tuple[int, ...]
+    widths: tuple[int, ...]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return self.widths[-1]
+
+    @property
+    def flops(self) -> float:
+        """Of the matrix products, forward and backward, for one example."""
+        inputs = (math.prod(self.shape), *self.widths)
+        return 6.0 * sum(
+            a * b for a, b in zip(inputs, self.widths, strict=False)
+        )
+
+    def make_arrays(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Random inputs and classes."""
+        return _images(self.shape, self.classes, number)
+
+
+@dataclasses.dataclass(frozen=True)
+class Transformer:
+    """A decoder like GPT-2: pre-norm blocks, learned positions."""
+
+    vocabulary: int
+    length: int
+    width: int
+    heads: int
+    blocks: int
+
+    @property
+    def flops(self) -> float:
+        """Of the matrix products, forward and backward, for one example."""
+        weights = self.blocks * 12 * self.width**2
+        weights += self.width * self.vocabulary
+        attention = self.blocks * 2 * self.length * self.width
+        return 6.0 * self.length * (weights + attention)
+
+    def make_arrays(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Random tokens and those that follow."""
+        generator = np.random.default_rng(0)
+        size = (number, self.length + 1)
+        tokens = generator.integers(0, self.vocabulary, size, np.int32)
+        return tokens[:, :-1].copy(), tokens[:, 1:].copy()
+
+
+@dataclasses.dataclass(frozen=True)
+class ResNet:
+    """Stages of residual blocks; bottlenecks and a large stem, or neither."""
+
+    side: int
+    classes: int
+    widths: tuple[int, ...]
+    blocks: tuple[int, ...]
+    has_bottlenecks: bool
+
+    def strides(self) -> Iterator[tuple[int, int]]:
+        """Width and stride of each block."""
+        stages = zip(self.widths, self.blocks, strict=True)
+        for stage, (width, number) in enumerate(stages):
+            for block in range(number):
+                yield width, 2 if stage and not block else 1
+
+    @property
+    def flops(self) -> float:
+        """Of the convolutions, forward and backward, for one example."""
+        side, before = self.side, self.widths[0]
+        stem = 27 * before
+        if self.has_bottlenecks:
+            side //= 2
+            stem = 3 * 49 * before
+        total = side**2 * stem
+        if self.has_bottlenecks:
+            side //= 2
+        for width, stride in self.strides():
+            out = side // stride
+            after = 4 * width if self.has_bottlenecks else width
+            if self.has_bottlenecks:
+                total += side**2 * before * width
+                total += out**2 * (9 * width**2 + width * after)
+            else:
+                total += out**2 * 9 * (before * width + width**2)
+            if before != after:
+                total += out**2 * before * after
+            side, before = out, after
+        return 6.0 * (total + before * self.classes)
+
+    def make_arrays(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Random images and classes."""
+        return _images((self.side, self.side, 3), self.classes, number)
+
+
+Sizes: TypeAlias = Dense | Transformer | ResNet
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """One row of the results.
+    """One model and its data.
 
     Attributes:
         name: As in the tables.
+        sizes: Of the model.
         batch_size: Global batch.
-        steps: Steps in a pass, so that one takes seconds on a CPU.
-        flops_per_example: Multiplications and additions of the matrix
-            products and convolutions, forward and backward.
-        make_arrays: Returns inputs and targets, `[num_examples, ...]`.
-        build: Takes the module `keras` or `tf_keras`; returns a model whose
-            outputs are float32 logits.
+        num_examples: In memory, shuffled anew each pass over them.
+        steps: Steps in a timed pass, which then takes seconds.
     """
 
     name: str
+    sizes: Sizes
     batch_size: int
+    num_examples: int
     steps: int
-    flops_per_example: float
-    make_arrays: Callable[[], tuple[np.ndarray, np.ndarray]]
-    build: Callable[[Any], Any]
+
+    @property
+    def flops_per_step(self) -> float:
+        """Of the matrix products, forward and backward.
+
+        The gradient of the model's own input is counted, though nobody needs
+        it: 6 for each weight and use.
+        """
+        return self.sizes.flops * self.batch_size
+
+    def make_arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """Inputs and targets, `[num_examples, ...]`."""
+        return self.sizes.make_arrays(self.num_examples)
 
 
-def _images(*shape: int, number: int) -> tuple[np.ndarray, np.ndarray]:
+def _images(
+    shape: tuple[int, ...], classes: int, number: int
+) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(0)
     images = generator.random((number, *shape), np.float32)
-    labels = generator.integers(0, 10, number, np.int32)
-    return images, labels
+    return images, generator.integers(0, classes, number, np.int32)
 
 
-def _tokens() -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.default_rng(0)
-    size = (1024, LM_LENGTH + 1)
-    tokens = generator.integers(0, LM_VOCABULARY, size, np.int32)
-    return tokens[:, :-1].copy(), tokens[:, 1:].copy()
-
-
-def _mlp(keras: Any) -> Any:
-    return keras.Sequential(
-        [
-            keras.layers.Input((28, 28, 1)),
-            keras.layers.Flatten(),
-            keras.layers.Dense(64, activation="relu"),
-            keras.layers.Dense(10, dtype="float32"),
-        ]
+def _deep(num_variables: int) -> Workload:
+    """Nothing but overhead: as many variables, all of them small."""
+    widths = (16,) * (num_variables // 2)
+    return Workload(
+        f"deep{num_variables}",
+        Dense((16,), widths),
+        32,
+        3200,
+        4000 // num_variables,
     )
-
-
-def _lm(keras: Any) -> Any:
-    layers = keras.layers
-
-    class Positions(layers.Layer):
-        def build(self, shape: Any) -> None:
-            self.table = self.add_weight(
-                shape=tuple(shape[1:]), initializer="normal", name="table"
-            )
-
-        def call(self, x: Any) -> Any:
-            return x + self.table
-
-    tokens = layers.Input((LM_LENGTH,), dtype="int32")
-    x = layers.Embedding(LM_VOCABULARY, LM_WIDTH)(tokens)
-    x = Positions()(x)
-    for _ in range(LM_BLOCKS):
-        y = layers.LayerNormalization(epsilon=1e-5)(x)
-        attention = layers.MultiHeadAttention(LM_HEADS, LM_WIDTH // LM_HEADS)
-        x = layers.Add()([x, attention(y, y, use_causal_mask=True)])
-        y = layers.LayerNormalization(epsilon=1e-5)(x)
-        y = layers.Dense(4 * LM_WIDTH, activation="gelu")(y)
-        x = layers.Add()([x, layers.Dense(LM_WIDTH)(y)])
-    x = layers.LayerNormalization(epsilon=1e-5)(x)
-    logits = layers.Dense(LM_VOCABULARY)(x)
-    logits = layers.Activation("linear", dtype="float32")(logits)
-    return keras.Model(tokens, logits)
-
-
-def _conv(keras: Any) -> Any:
-    layers = keras.layers
-
-    def convolve(x: Any, width: int, size: int = 3, strides: int = 1) -> Any:
-        x = layers.Conv2D(
-            width, size, strides=strides, padding="same", use_bias=False
-        )(x)
-        return layers.BatchNormalization(momentum=0.9, epsilon=1e-5)(x)
-
-    images = layers.Input((32, 32, 3))
-    x = layers.ReLU()(convolve(images, CONV_WIDTHS[0]))
-    for width in CONV_WIDTHS:
-        for _ in range(CONV_BLOCKS):
-            strides = 1 if x.shape[-1] == width else 2
-            y = layers.ReLU()(convolve(x, width, strides=strides))
-            y = convolve(y, width)
-            if strides > 1:
-                x = convolve(x, width, size=1, strides=strides)
-            x = layers.ReLU()(layers.Add()([x, y]))
-    x = layers.GlobalAveragePooling2D()(x)
-    return keras.Model(images, layers.Dense(10, dtype="float32")(x))
-
-
-def _lm_flops() -> float:
-    weights = LM_BLOCKS * 12 * LM_WIDTH**2 + LM_WIDTH * LM_VOCABULARY
-    attention = LM_BLOCKS * 2 * LM_LENGTH * LM_WIDTH
-    return 6 * LM_LENGTH * (weights + attention)
-
-
-def _conv_flops() -> float:
-    total, side, before = 32 * 32 * 27 * CONV_WIDTHS[0], 32, CONV_WIDTHS[0]
-    for width in CONV_WIDTHS:
-        if width != before:
-            side //= 2
-            total += side**2 * before * width  # the shortcut
-        total += side**2 * 9 * before * width
-        total += side**2 * 9 * width**2 * (2 * CONV_BLOCKS - 1)
-        before = width
-    return 6 * total
 
 
 WORKLOADS = {
     workload.name: workload
     for workload in (
+        Workload("mlp", Dense((28, 28, 1), (64, 10)), 64, 51_200, 1000),
+        Workload("lm", Transformer(2048, 128, 256, 4, 4), 16, 1024, 10),
         Workload(
-            "mlp",
-            64,
-            1000,
-            6 * (784 * 64 + 64 * 10),
-            lambda: _images(28, 28, 1, number=51_200),
-            _mlp,
+            "conv", ResNet(32, 10, (16, 32, 64), (3, 3, 3), False), 64, 4096, 20
         ),
-        Workload("lm", 16, 10, _lm_flops(), _tokens, _lm),
+        _deep(10),
+        _deep(100),
+        _deep(1000),
         Workload(
-            "conv",
-            64,
+            "resnet50",
+            ResNet(224, 1000, (64, 128, 256, 512), (3, 4, 6, 3), True),
+            256,
+            1024,
             20,
-            _conv_flops(),
-            lambda: _images(32, 32, 3, number=4096),
-            _conv,
         ),
+        Workload("gpt2", Transformer(50_304, 1024, 768, 12, 12), 16, 512, 20),
+        Workload("tiny_resnet", ResNet(32, 10, (8, 16), (1, 1), True), 4, 8, 2),
+        Workload("tiny_gpt", Transformer(64, 16, 16, 2, 1), 4, 8, 2),
     )
 }

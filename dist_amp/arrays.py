@@ -49,6 +49,7 @@ class ArrayBatches:
         """The batches of a pass."""
         step = self._batch_size
 
+        @tf.autograph.experimental.do_not_convert
         def batch(index: tf.Tensor) -> Any:
             end = tf.minimum((index + 1) * step, self._size)
             return self._rows(number, index * step, end)
@@ -67,6 +68,7 @@ class ArrayBatches:
         fitting = _STACK_BYTES // max(1, size * self._batch_size)
         return max(1, min(fitting, _MOST_BATCHES, self._num_whole))
 
+    @tf.autograph.experimental.do_not_convert
     def stacks(self, number: tf.Tensor) -> tf.data.Dataset:
         """The same, each leaf `[num_batches, global_batch, ...]`.
 
@@ -75,6 +77,7 @@ class ArrayBatches:
         step, end = self._batch_size, self._num_whole * self._batch_size
         span = step * self.stack_size
 
+        @tf.autograph.experimental.do_not_convert
         def stack(index: tf.Tensor) -> Any:
             last = tf.minimum((index + 1) * span, end)
             rows = self._rows(number, index * span, last)
@@ -82,6 +85,7 @@ class ArrayBatches:
                 lambda leaf: tf.reshape(leaf, [-1, step, *leaf.shape[1:]]), rows
             )
 
+        @tf.autograph.experimental.do_not_convert
         def rest(_: tf.Tensor) -> Any:
             rows = self._rows(number, end, self._size)
             return tf.nest.map_structure(lambda leaf: leaf[None], rows)

@@ -93,6 +93,7 @@ def split(
 
     axis = 1 if is_stacked else 0  # of the examples
 
+    @tf.autograph.experimental.do_not_convert
     def to_slices(*element: Any) -> tuple[Batch, ...]:
         x, y, weight = _unpack(element)
         size = _rows(x, axis)

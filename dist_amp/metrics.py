@@ -107,6 +107,7 @@ class MetricSet:
             for copy, value in zip(copies, before, strict=True):
                 copy.assign(value)
 
+    @tf.autograph.experimental.do_not_convert  # which is slow, for nothing
     def update(self, batch: Batch, loss: tf.Tensor, predictions: Any) -> None:
         """Adds one replica's slice; call it in the replica.
 
@@ -123,6 +124,7 @@ class MetricSet:
         for key, metric in self._metrics:
             metric.update_state(_pick(batch.y, key), _pick(predictions, key))
 
+    @tf.autograph.experimental.do_not_convert
     def results(self) -> dict[str, tf.Tensor]:
         """Reduced over replicas, by name; call it in cross-replica context."""
         totals = self._totals.result()

@@ -196,6 +196,7 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
 
     # --------------------------------------------------------------- update
 
+    @tf.autograph.experimental.do_not_convert  # which is slow, for nothing
     def apply(
         self,
         grads: Sequence[reduction.Gradient | None],

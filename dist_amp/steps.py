@@ -20,6 +20,10 @@ from dist_amp.optimizer import (
 )
 from dist_amp.stream import no_examples
 
+# AutoGraph takes a tenth of a second a function to read code that has nothing
+# for it.
+_as_it_is = tf.autograph.experimental.do_not_convert
+
 
 class Steps:
     """A model, its optimizer, loss and metrics, and what is done with them.
@@ -55,15 +59,31 @@ class Steps:
             optimizer.stopwatch = stopwatch.Stopwatch(first, on_gpu=on_gpu)
         with strategy.scope():
             self.metrics = MetricSet(metrics)
+        self.train_replica = self._unconverted(self._train_replica)
+        self.test_replica = self._unconverted(self.test_step)
         # Only for XLA: a nested function would forbid layers that talk to
         # other replicas, like synchronized batch norm.
         self._gradients = (
-            tf.function(self.compute_gradients, jit_compile=True)
+            tf.function(
+                self._unconverted(self.compute_gradients), jit_compile=True
+            )
             if jit_compile
             else self.compute_gradients
         )
 
-        self._are_finite = tf.function(self._finite_flags)
+        self._are_finite = tf.function(self._finite_flags, autograph=False)
+
+    def _unconverted(self, step: Callable[..., Any]) -> Callable[..., Any]:
+        """Spares AutoGraph our own code; an override may be written for it."""
+        ours = (
+            Steps.train_step,
+            Steps.test_step,
+            Steps.compute_loss,
+            Steps.compute_gradients,
+        )
+        if all(getattr(type(self), f.__name__) is f for f in ours):
+            return _as_it_is(step)
+        return step
 
     def _finite_flags(self) -> tf.Tensor:
         flags = [
@@ -248,7 +268,7 @@ class Steps:
             iterator: Any, num_steps: tf.Tensor
         ) -> dict[str, tf.Tensor]:
             for _ in tf.range(num_steps):
-                self._run(self.test_step, next(iterator))
+                self._run(self.test_replica, next(iterator))
             return self.metrics.results()
 
         return test_loop
@@ -269,7 +289,7 @@ class Steps:
             if not is_finite
         ]
 
-    def train_replica(self, batch: Batch) -> None:
+    def _train_replica(self, batch: Batch) -> None:
         """The train step, and what must hold around any override of it."""
         statistics = self._statistics_to_settle()
         before = [tf.identity(variable) for variable in statistics]
@@ -304,6 +324,7 @@ class Steps:
             ),
         )
 
+    @_as_it_is
     def read_train_logs(self) -> dict[str, tf.Tensor]:
         """Metrics, and the optimizer's numbers; in cross-replica context."""
         optimizer = self.optimizer
@@ -316,6 +337,7 @@ class Steps:
         }
 
 
+@_as_it_is
 def _settle(
     statistics: list[keras.Variable],
     before: list[tf.Tensor],
@@ -344,11 +366,13 @@ def _settle(
         variable.assign(tf.where(keeps_new, new, old))
 
 
+@_as_it_is
 def _leaves(stack: Any) -> list[tf.Tensor]:
     """Without those that are None, which a compiled loop cannot carry."""
     return [leaf for leaf in tf.nest.flatten(stack) if leaf is not None]
 
 
+@_as_it_is
 def _pack(spec: Any, leaves: list[tf.Tensor]) -> Any:
     """The reverse of `_leaves`."""
     rest = iter(leaves)
@@ -358,6 +382,7 @@ def _pack(spec: Any, leaves: list[tf.Tensor]) -> Any:
     )
 
 
+@_as_it_is
 def batch_of(stack: Any, place: tf.Tensor) -> Any:
     """One batch of a stack; what is whole and aligned is not copied."""
     return tf.nest.map_structure(

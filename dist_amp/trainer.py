@@ -126,7 +126,7 @@ class Trainer(Steps):
         self._stacked_spec: Any = None
         self._test_loop = self.make_test_loop()
         self._train_lockstep = self.make_lockstep(self.train_replica)
-        self._test_lockstep = self.make_lockstep(self.test_step)
+        self._test_lockstep = self.make_lockstep(self.test_replica)
         self._gather = None
         if strategy_lib.num_workers(strategy) > 1:
             self._gather = functools.partial(

@@ -7,6 +7,7 @@ import keras
 import tensorflow as tf
 
 import dist_amp
+from benchmarks import keras_models
 from benchmarks import tensorflow_setup as setup
 from benchmarks.passes import Passes, read_setting
 from benchmarks.workloads import LEARNING_RATE
@@ -18,7 +19,7 @@ def main() -> None:
     names = setup.devices(setting.replicas)
     strategy = dist_amp.make_strategy(devices=names)
     with dist_amp.scope(strategy, setting.precision):
-        model = setting.work.build(keras)
+        model = keras_models.build(keras, setting.work.sizes)
         optimizer = dist_amp.wrap_optimizer(
             keras.optimizers.Adam(LEARNING_RATE)
         )

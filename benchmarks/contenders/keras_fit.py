@@ -2,6 +2,7 @@
 
 import keras
 
+from benchmarks import keras_models
 from benchmarks import tensorflow_setup as setup
 from benchmarks.passes import Passes, read_setting
 from benchmarks.workloads import LEARNING_RATE
@@ -12,12 +13,12 @@ def main() -> None:
     setting, passes = read_setting(), Passes()
     keras.mixed_precision.set_global_policy(setting.precision)
     with setup.stock_strategy(setting.replicas).scope():
-        model = setting.work.build(keras)
+        model = keras_models.build(keras, setting.work.sizes)
         model.compile(
             keras.optimizers.Adam(LEARNING_RATE),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
-            steps_per_execution=setting.steps_per_call,
+            steps_per_execution=min(setting.steps_per_call, setting.steps),
         )
     model.fit(
         setup.dataset(setting),

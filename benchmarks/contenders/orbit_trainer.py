@@ -4,6 +4,7 @@ import orbit
 import tensorflow as tf
 import tf_keras
 
+from benchmarks import keras_models
 from benchmarks import tensorflow_setup as setup
 from benchmarks.passes import Passes, Setting, read_setting
 from benchmarks.workloads import LEARNING_RATE
@@ -15,7 +16,7 @@ class Trainer(orbit.StandardTrainer):
     def __init__(self, setting: Setting, strategy: tf.distribute.Strategy):
         self.strategy, self.replicas = strategy, setting.replicas
         with strategy.scope():
-            self.model = setting.work.build(tf_keras)
+            self.model = keras_models.build(tf_keras, setting.work.sizes)
             self.optimizer = tf_keras.optimizers.Adam(LEARNING_RATE)
             self.scales = setting.precision == "mixed_float16"
             if self.scales:

@@ -3,6 +3,7 @@
 import keras
 import tensorflow as tf
 
+from benchmarks import keras_models
 from benchmarks import tensorflow_setup as setup
 from benchmarks.passes import Passes, read_setting
 from benchmarks.workloads import LEARNING_RATE
@@ -14,7 +15,7 @@ def main() -> None:
     keras.mixed_precision.set_global_policy(setting.precision)
     strategy = setup.stock_strategy(setting.replicas)
     with strategy.scope():
-        model = setting.work.build(keras)
+        model = keras_models.build(keras, setting.work.sizes)
         optimizer = keras.optimizers.Adam(LEARNING_RATE)
         if setting.precision == "mixed_float16":
             optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
