@@ -29,6 +29,7 @@ class Setting:
         compiles: Whether the model is compiled: by XLA, in PyTorch by its
             own compiler.
         loss_scale: "auto", "dynamic" or "none".
+        wire_dtype: Of gradients between workers; none if empty.
         save_every: Updates from one checkpoint to the next; none if 0.
         core: The only processor core to use; all if -1.
     """
@@ -41,6 +42,7 @@ class Setting:
     steps_per_call: int = 1
     compiles: bool = False
     loss_scale: str = "auto"
+    wire_dtype: str = ""
     save_every: int = 0
     core: int = -1
 

@@ -4,6 +4,8 @@ python -m benchmarks.scaling
 """
 
 import argparse
+import dataclasses
+import itertools
 import pathlib
 import re
 import statistics
@@ -14,6 +16,7 @@ from benchmarks.contest import Contender, Process
 from benchmarks.passes import Setting
 from launch import isolation, worker_process
 
+WIRES = ("", "float16")
 _WARM_UP = 2
 
 
@@ -49,11 +52,12 @@ def bytes_on_loopback() -> int:
 
 
 def compare(
-    workload: str, per_worker: int, passes: int, steps: int
+    one: Setting, wire_dtype: str, passes: int
 ) -> tuple[list[float], list[float]]:
     """Efficiency of each round, and MB that a step sent in it."""
-    one = Setting(workload, steps=steps, batch_size=per_worker)
-    two = Setting(workload, steps=steps, batch_size=2 * per_worker)
+    two = dataclasses.replace(
+        one, batch_size=2 * one.batch_size, wire_dtype=wire_dtype
+    )
     groups = [start(1, one), start(2, two)]
     efficiency, megabytes = [], []
     try:
@@ -64,7 +68,7 @@ def compare(
             run_pass(groups[1], counts=counts)
             if counts:
                 sent = bytes_on_loopback() - before
-                megabytes.append(sent / steps / 1e6)
+                megabytes.append(sent / one.steps / 1e6)
                 alone, together = (
                     group[0].result.steps_per_sec[-1] for group in groups
                 )
@@ -87,15 +91,22 @@ def main() -> int:
         print(f"error: no network of its own: {refusal}", file=sys.stderr)
         return 1
     print(report.heading())
-    print("| workload | efficiency | lowest - highest | MB sent a step |")
-    print("| --- | ---: | ---: | ---: |")
-    for workload in arguments.workloads:
+    print(
+        "| workload | wire | efficiency | lowest - highest | MB sent a step |"
+    )
+    print("| --- | --- | ---: | ---: | ---: |")
+    for workload, wire in itertools.product(arguments.workloads, WIRES):
         steps = arguments.steps if workload == "lm" else 300
-        found, megabytes = compare(
-            workload, arguments.per_worker, arguments.passes, steps
+        one = Setting(
+            workload,
+            steps=steps,
+            batch_size=arguments.per_worker,
+            loss_scale="dynamic",  # float16 on the wire needs it
         )
+        found, megabytes = compare(one, wire, arguments.passes)
         print(
             f"| {workload}, batch {arguments.per_worker} a worker "
+            f"| {wire or 'float32'} "
             f"| {statistics.median(found):.2f} "
             f"| {min(found):.2f} - {max(found):.2f} "
             f"| {statistics.median(megabytes):.2f} |",

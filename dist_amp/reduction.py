@@ -1,14 +1,16 @@
 """All-reduce of a list of gradients, dense and sparse."""
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import tensorflow as tf
 
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
 
-def all_reduce_sum(gradients: Sequence[Gradient]) -> list[Gradient]:
+def all_reduce_sum(
+    gradients: Sequence[Gradient], wire_dtype: str | None = None
+) -> list[Gradient]:
     """Sums each gradient over all replicas; call it in a replica context.
 
     Sparse gradients stay sparse: the slices of all replicas are put together
@@ -18,20 +20,40 @@ def all_reduce_sum(gradients: Sequence[Gradient]) -> list[Gradient]:
     Args:
         gradients: One per variable: tensors of the variable's shape, or
             `tf.IndexedSlices` of it.
+        wire_dtype: What the gradients travel and are summed in, "float16";
+            by default as they are. What a sum loses by it is the same on
+            every replica. (TensorFlow's collectives carry no bfloat16.)
 
     Returns:
-        The sums, in the same order, equal on every replica.
+        The sums, in the same order and dtypes, equal on every replica.
     """
     context = tf.distribute.get_replica_context()
     summed = list(gradients)
     if context.num_replicas_in_sync > 1 and summed:
-        summed = context.all_reduce(tf.distribute.ReduceOp.SUM, summed)
+        sent = [_cast(g, wire_dtype) for g in summed]
+        received = context.all_reduce(tf.distribute.ReduceOp.SUM, sent)
+        summed = [
+            _cast(total, own.dtype)
+            for total, own in zip(received, summed, strict=True)
+        ]
     return [
         _add_up_rows(gradient)
         if isinstance(gradient, tf.IndexedSlices)
         else gradient
         for gradient in summed
     ]
+
+
+def _cast(gradient: Gradient, dtype: Any) -> Gradient:
+    if dtype is None or gradient.dtype == dtype:
+        return gradient
+    if isinstance(gradient, tf.IndexedSlices):
+        return tf.IndexedSlices(
+            tf.cast(gradient.values, dtype),
+            gradient.indices,
+            gradient.dense_shape,
+        )
+    return tf.cast(gradient, dtype)
 
 
 def _add_up_rows(slices: tf.IndexedSlices) -> tf.IndexedSlices:

@@ -526,8 +526,13 @@ def _make_optimizer(
     return dist_amp.wrap_optimizer(
         inner,
         loss_scale=_loss_scale(config.loss_scale),
+        wire_dtype=_unless(config.wire_dtype, "float32"),
         **_loss_scale_options(config),
     )
+
+
+def _unless(value: str, default: str) -> str | None:
+    return None if value == default else value
 
 
 def _loss_scale(text: str) -> str | float | None:

@@ -131,6 +131,12 @@ class TrainConfig:
     )
     loss_scale_min: float | None = flag(None, "Floor [2**-14].")
     loss_scale_max: float | None = flag(None, "Ceiling [2**24].")
+    wire_dtype: str = flag(
+        "float32",
+        "Dtype of gradients on their way between replicas; float16 halves the "
+        "bytes and needs a loss scale.",
+        ("float32", "float16"),
+    )
     jit_compile: bool = flag(
         False, "Compiles the forward and backward pass with XLA."
     )
@@ -398,6 +404,13 @@ class TrainConfig:
                 options[0],
                 f"--loss_scale={self.loss_scale} --precision={self.precision}",
                 "it would be ignored; pass --loss_scale=dynamic",
+            )
+        if self.wire_dtype == "float16" and has_none:
+            _contradict(
+                "wire_dtype",
+                f"--loss_scale={self.loss_scale} --precision={self.precision}",
+                "what overflows on the way must be skipped; pass "
+                "--loss_scale=dynamic",
             )
         low = self.loss_scale_min or 2.0**-14
         high = self.loss_scale_max or 2.0**24

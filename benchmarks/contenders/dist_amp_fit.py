@@ -25,6 +25,7 @@ def main() -> None:
             loss_scale=None
             if setting.loss_scale == "none"
             else setting.loss_scale,
+            wire_dtype=setting.wire_dtype or None,
         )
     trainer = dist_amp.Trainer(
         model,

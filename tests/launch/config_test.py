@@ -39,6 +39,10 @@ def test_defaults_are_the_tutorials_job():
             "--loss_scale_growth_interval contradicts",
         ),
         (
+            {"precision": "float32", "wire_dtype": "float16"},
+            "--wire_dtype contradicts --loss_scale=auto --precision=float32",
+        ),
+        (
             {"loss_scale": "dynamic", "loss_scale_max": 8.0},
             "--loss_scale_initial must be between",
         ),

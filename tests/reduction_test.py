@@ -1,0 +1,82 @@
+"""What gradients lose on their way, and that all replicas lose the same."""
+
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import dist_amp
+from dist_amp import reduction
+from tests import support
+
+
+def summed(values, wire_dtype):
+    """Sums of two replicas' gradients, a dense and a sparse one, on each."""
+    strategy = support.make_strategy(2)
+
+    @tf.function
+    def reduce():
+        def in_replica():
+            context = tf.distribute.get_replica_context()
+            own = tf.gather(values, context.replica_id_in_sync_group)
+            shape = tf.constant([3, len(values[0])])
+            slices = tf.IndexedSlices(own[None], tf.constant([1]), shape)
+            dense, sparse = reduction.all_reduce_sum([own, slices], wire_dtype)
+            return dense, tf.convert_to_tensor(sparse)[1]
+
+        return strategy.run(in_replica)
+
+    return [
+        [one.numpy() for one in strategy.experimental_local_results(result)]
+        for result in reduce()
+    ]
+
+
+@pytest.mark.parametrize("wire_dtype", [None, "float16"])
+def test_sums_are_rounded_to_the_wire(wire_dtype):
+    values = np.float32([[1.0, 1 / 3, 1e-3], [1.0, 1 / 3, 1e-3]])
+    sent = tf.cast(values[0], wire_dtype or "float32")
+    expected = 2 * tf.cast(sent, "float32")
+    for replicas in summed(values, wire_dtype):
+        for one in replicas:
+            assert one.dtype == np.float32
+            np.testing.assert_array_equal(one, expected)
+
+
+def test_an_overflow_on_the_way_is_no_finite_number():
+    for replicas in summed(np.float32([[7e4, 1.0], [1.0, 1.0]]), "float16"):
+        for one in replicas:
+            np.testing.assert_array_equal(one, [np.inf, 2.0])
+
+
+@pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
+def test_replicas_stay_equal_and_close_to_one_device(precision):
+    dataset = support.make_dataset(21)
+    options = {"loss_scale": "dynamic", "wire_dtype": "float16"}
+    trained = support.fit_trainer(
+        dataset,
+        num_replicas=2,
+        precision=precision,
+        loss_scale_options=options,
+    )
+    support.assert_same_on_replicas(trained.trainer.model.variables)
+    reference = support.fit_reference(dataset)
+    for own, other in zip(trained.weights, reference.weights, strict=True):
+        np.testing.assert_allclose(own, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("wire_dtype", "message"),
+    [("bfloat16", "must be None"), ("float16", "needs a loss scale")],
+)
+def test_a_wire_that_would_lose_too_much_is_an_error(wire_dtype, message):
+    with pytest.raises(ValueError, match=message):
+        dist_amp.wrap_optimizer(
+            keras.optimizers.SGD(0.1), loss_scale=None, wire_dtype=wire_dtype
+        )
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
