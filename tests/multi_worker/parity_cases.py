@@ -20,6 +20,7 @@ import numpy as np
 import tensorflow as tf
 
 import dist_amp
+from dist_amp import data
 from dist_amp import strategy as strategy_lib
 from tests import support
 
@@ -83,24 +84,33 @@ def poisoned(row):
     return make
 
 
-def short_on_worker_1():
-    """Of the last two batches, worker 1's rows count for nothing."""
-    x, y = support.make_arrays(5 * support.GLOBAL_BATCH)
-    weights = np.ones(len(x), "float32")
-    for batch in (3, 4):
-        begin = batch * support.GLOBAL_BATCH + support.GLOBAL_BATCH // 2
-        weights[begin : begin + support.GLOBAL_BATCH // 2] = 0
-    return support.batched((x, y, weights))
+def without_worker_1(first):
+    """From this of five batches on, worker 1's rows count for nothing."""
+
+    def make():
+        x, y = support.make_arrays(5 * support.GLOBAL_BATCH)
+        weights = np.ones((5, 2, support.GLOBAL_BATCH // 2), "float32")
+        weights[first:, 1] = 0
+        return support.batched((x, y, weights.ravel()))
+
+    return make
 
 
-def shorter(index):
-    """The same as two workers have it."""
-    num_batches = 3 if index == 1 else 5
-    return support.make_dataset(num_batches * support.GLOBAL_BATCH)
+def worker_1_has(num_batches, *, is_known=True):
+    """The same as two workers have it, one with so many of five batches."""
+
+    def of_worker(index):
+        all_batches = support.make_dataset(5 * support.GLOBAL_BATCH)
+        own = all_batches.take(num_batches if index == 1 else 5)
+        return own if is_known else own.filter(lambda x, y: True)
+
+    return of_worker
 
 
-def shorter_unknown(index):
-    return shorter(index).filter(lambda x, y: True)
+def stacked():
+    return data.from_arrays(
+        support.make_arrays(NUM_EXAMPLES), support.GLOBAL_BATCH
+    )
 
 
 def unknown_length():
@@ -172,10 +182,15 @@ CASES = {
     "compiled": Case(options={"jit_compile": True}),
     "unknown length": Case(unknown_length),
     "validation": Case(validation=unknown_length),
-    "uneven": Case(short_on_worker_1, of_worker=shorter),
+    "uneven": Case(without_worker_1(3), of_worker=worker_1_has(3)),
     "uneven, unknown length": Case(
-        short_on_worker_1, of_worker=shorter_unknown
+        without_worker_1(3), of_worker=worker_1_has(3, is_known=False)
     ),
+    "uneven, none at all": Case(without_worker_1(0), of_worker=worker_1_has(0)),
+    "uneven, none, unknown length": Case(
+        without_worker_1(0), of_worker=worker_1_has(0, is_known=False)
+    ),
+    "stacks": Case(stacked),
 }
 
 
