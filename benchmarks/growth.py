@@ -10,6 +10,7 @@ from benchmarks import contest, report
 from benchmarks.contest import Contender, Result
 from benchmarks.passes import Setting
 
+_POINTS = "offset points"
 OURS = (Contender(contest.OURS, "dist_amp_fit"),)
 
 
@@ -74,8 +75,13 @@ def _draw(
         panel.loglog(numbers, values, "o-", color="#d1495b", label="measured")
         linear = [values[0] * number / numbers[0] for number in numbers]
         panel.loglog(numbers, linear, "--", color="#8d99ae", label="linear")
+        for number, value in times.items():
+            panel.annotate(
+                f"{value:.3g}", (number, value), (4, -12), textcoords=_POINTS
+            )
         panel.set_xticks(numbers, map(str, numbers))
         panel.minorticks_off()
+        panel.margins(0.15)
         panel.set_xlabel(what)
         panel.set_ylabel("ms a step")
         panel.spines[["top", "right"]].set_visible(False)
