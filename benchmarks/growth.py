@@ -9,6 +9,7 @@ import pathlib
 from benchmarks import contest, report
 from benchmarks.contest import Contender, Result
 from benchmarks.passes import Setting
+from benchmarks.workloads import WORKLOADS
 
 _POINTS = "offset points"
 OURS = (Contender(contest.OURS, "dist_amp_fit"),)
@@ -42,7 +43,7 @@ def main() -> None:
     _print("replicas (mlp, the same global batch)", by_replicas)
     by_variables = {
         number: milliseconds(
-            Setting(f"deep{number}", steps=max(5, 4000 // number)),
+            Setting(f"deep{number}", steps=WORKLOADS[f"deep{number}"].steps),
             arguments.passes,
         )
         for number in arguments.variables

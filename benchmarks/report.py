@@ -1,28 +1,20 @@
 """Results as a Markdown table and as a picture."""
 
 import datetime
+import os
 import pathlib
-import platform
-import re
 import statistics
 from collections.abc import Mapping
 
 from benchmarks.contest import LIMIT, OURS, Result
 from benchmarks.passes import Setting
-
-
-def machine() -> str:
-    """Processor, cores and GPUs of this machine, in words."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    found = re.search(r"model name\s*: (.*)", text)
-    cores = text.count("model name") or "?"
-    return f"{found[1] if found else platform.processor()}, {cores} cores"
+from launch import host
 
 
 def heading() -> str:
-    """Date and machine, for the top of a report."""
-    return f"{datetime.date.today()}, {machine()}\n"
+    """Date, processor and its cores, for the top of a report."""
+    model = host.cpu_model(pathlib.Path("/proc/cpuinfo").read_text())
+    return f"{datetime.date.today()}, {model}, {os.cpu_count()} cores\n"
 
 
 def title(setting: Setting) -> str:

@@ -7,16 +7,14 @@ import tensorflow as tf
 
 import dist_amp.data
 from benchmarks.passes import Passes, Setting
+from dist_amp import strategy as strategy_lib
 
 
 def devices(replicas: int) -> list[str]:
     """Names of GPUs if there are any, else of as many logical CPUs."""
     if tf.config.list_physical_devices("GPU"):
         return [f"GPU:{i}" for i in range(replicas)]
-    cpu = tf.config.list_physical_devices("CPU")[0]
-    logical = [tf.config.LogicalDeviceConfiguration()] * replicas
-    tf.config.set_logical_device_configuration(cpu, logical)
-    return [f"CPU:{i}" for i in range(replicas)]
+    return strategy_lib.use_logical_cpus(replicas)
 
 
 def stock_strategy(replicas: int) -> tf.distribute.Strategy:

@@ -132,15 +132,6 @@ class Workload:
     num_examples: int
     steps: int
 
-    @property
-    def flops_per_step(self) -> float:
-        """Of the matrix products, forward and backward.
-
-        The gradient of the model's own input is counted, though nobody needs
-        it: 6 for each weight and use.
-        """
-        return self.sizes.flops * self.batch_size
-
     def make_arrays(self) -> tuple[np.ndarray, np.ndarray]:
         """Inputs and targets, `[num_examples, ...]`."""
         return self.sizes.make_arrays(self.num_examples)

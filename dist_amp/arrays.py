@@ -45,11 +45,11 @@ class ArrayBatches:
         self._transform = transform
         self._num_whole = self._size // global_batch_size
 
+    @tf.autograph.experimental.do_not_convert  # which is slow, for nothing
     def __call__(self, number: tf.Tensor) -> tf.data.Dataset:
         """The batches of a pass."""
         step = self._batch_size
 
-        @tf.autograph.experimental.do_not_convert
         def batch(index: tf.Tensor) -> Any:
             end = tf.minimum((index + 1) * step, self._size)
             return self._rows(number, index * step, end)
@@ -77,7 +77,6 @@ class ArrayBatches:
         step, end = self._batch_size, self._num_whole * self._batch_size
         span = step * self.stack_size
 
-        @tf.autograph.experimental.do_not_convert
         def stack(index: tf.Tensor) -> Any:
             last = tf.minimum((index + 1) * span, end)
             rows = self._rows(number, index * span, last)
@@ -85,7 +84,6 @@ class ArrayBatches:
                 lambda leaf: tf.reshape(leaf, [-1, step, *leaf.shape[1:]]), rows
             )
 
-        @tf.autograph.experimental.do_not_convert
         def rest(_: tf.Tensor) -> Any:
             rows = self._rows(number, end, self._size)
             return tf.nest.map_structure(lambda leaf: leaf[None], rows)

@@ -127,7 +127,15 @@ class MetricSet:
     @tf.autograph.experimental.do_not_convert
     def results(self) -> dict[str, tf.Tensor]:
         """Reduced over replicas, by name; call it in cross-replica context."""
+        return self._results(self._totals.result())
+
+    @tf.autograph.experimental.do_not_convert
+    def logs(self) -> dict[str, tf.Tensor]:
+        """`results` and `counts`, of one reading; where `results` may be."""
         totals = self._totals.result()
+        return {**self._results(totals), **_counts(totals)}
+
+    def _results(self, totals: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
         results = {
             "loss": tf.math.divide_no_nan(totals["loss"], totals["examples"])
         }
@@ -149,8 +157,11 @@ class MetricSet:
 
         Losses and inputs are counted by slice: a replica's part of a batch.
         """
-        totals = self._totals.result()
-        return {name: totals[name] for name in COUNTS}
+        return _counts(self._totals.result())
+
+
+def _counts(totals: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+    return {name: totals[name] for name in COUNTS}
 
 
 class _Totals(keras.metrics.Metric):

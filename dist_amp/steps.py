@@ -329,8 +329,7 @@ class Steps:
         """Metrics, and the optimizer's numbers; in cross-replica context."""
         optimizer = self.optimizer
         return {
-            **self.metrics.results(),
-            **self.metrics.counts(),
+            **self.metrics.logs(),
             "loss_scale": tf.convert_to_tensor(optimizer.loss_scale),
             "skipped_updates": tf.convert_to_tensor(optimizer.skipped_updates),
             "learning_rate": tf.convert_to_tensor(optimizer.learning_rate),

@@ -191,7 +191,7 @@ class Stream:
         self.place = 0
         self._taken = 0
         self._stacks: ArrayBatches | None = None
-        if steps_per_epoch is not None or not self._is_padded:
+        if not self._is_padded:
             self._stacks = stacks_of(dataset, batches_per_step)
 
     @property

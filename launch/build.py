@@ -523,16 +523,13 @@ def _make_optimizer(
             config.gradient_accumulation_steps
         )
     inner = optimizer_class(_learning_rate(config, total_steps), **options)
+    wire = None if config.wire_dtype == "float32" else config.wire_dtype
     return dist_amp.wrap_optimizer(
         inner,
         loss_scale=_loss_scale(config.loss_scale),
-        wire_dtype=_unless(config.wire_dtype, "float32"),
+        wire_dtype=wire,
         **_loss_scale_options(config),
     )
-
-
-def _unless(value: str, default: str) -> str | None:
-    return None if value == default else value
 
 
 def _loss_scale(text: str) -> str | float | None:
