@@ -51,6 +51,39 @@ def test_an_overflow_on_the_way_is_no_finite_number():
             np.testing.assert_array_equal(one, [np.inf, 2.0])
 
 
+def test_small_gradients_lie_together_and_come_apart_again():
+    ones = [tf.ones([2, 3]), tf.ones([]), tf.ones([0, 4]), tf.ones([5])]
+    halves = [tf.ones([3], "float16"), tf.ones([2], "float16")]
+    alone = [
+        tf.ones([128, 129]),  # large
+        tf.ones([2], "float64"),  # the only one of its dtype
+        tf.IndexedSlices(tf.ones([1, 2]), [3], tf.constant([5, 2])),
+    ]
+    gradients = [g * i for i, g in enumerate(ones[:2] + halves[:1] + ones[2:])]
+    gradients = [alone[0], *gradients, alone[1], halves[1], alone[2]]
+    packed = reduction.pack(gradients)
+    vectors = [[0.0] * 6 + [1.0] + [4.0] * 5, [2.0] * 3 + [1.0] * 2]
+    assert len(packed.tensors) == 5
+    for tensor, expected in zip(packed.tensors, vectors, strict=False):
+        np.testing.assert_array_equal(tensor, expected)
+    for was, found in zip(gradients, packed.unpack(), strict=True):
+        assert type(was) is type(found)
+        assert (was.dtype, was.shape) == (found.dtype, found.shape)
+        values = reduction.values_of
+        np.testing.assert_array_equal(values(was), values(found))
+
+
+def test_nothing_packed_is_nothing():
+    assert reduction.pack([]).unpack() == []
+
+
+def test_collectives_send_several_packs_of_a_large_model():
+    mib = tf.zeros([2**18])
+    assert reduction.bytes_per_pack([mib] * 2) == 4 * 2**20
+    assert reduction.bytes_per_pack([mib] * 40) == 10 * 2**20
+    assert reduction.bytes_per_pack([mib] * 1000) == 32 * 2**20
+
+
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16"])
 def test_replicas_stay_equal_and_close_to_one_device(precision):
     dataset = support.make_dataset(21)
