@@ -9,13 +9,15 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_amp import random_state, reduction, stopwatch
+from dist_amp import batch_norm, random_state, reduction, stopwatch
 from dist_amp import strategy as strategy_lib
 from dist_amp.data import Batch
 from dist_amp.metrics import MetricSet, MetricsLike
 from dist_amp.optimizer import (
     DistributedOptimizer,
     LossScaleOptimizer,
+    is_synchronized,
+    layers_of,
     moving_statistics,
 )
 from dist_amp.stream import no_examples
@@ -48,11 +50,17 @@ class Steps:
         jit_compile: bool,
     ):
         self.model = model
+        batch_norm.fuse(layers_of(model))
         self.optimizer = optimizer
         self.loss = _resolve_loss(loss)
         self.strategy = strategy
         self.jit_compile = jit_compile
         self.replica_ids = _local_replica_ids(strategy)
+        self._guards_empty = (
+            strategy.num_replicas_in_sync > 1
+            and any("CPU" in d for d in strategy.extended.worker_devices)
+            and not is_synchronized(model)  # which counts all replicas' rows
+        )
         if strategy_lib.num_workers(strategy) > 1 and stopwatch.is_allowed():
             on_gpu = any("GPU" in d for d in strategy.extended.worker_devices)
             first = self.replica_ids[0]
@@ -114,7 +122,7 @@ class Steps:
         Args:
             batch: This replica's slice of the global batch.
         """
-        predictions = self.model(batch.x, training=False)
+        predictions = self._predict(batch, training=False)
         loss = self.compute_loss(batch, predictions)
         self.metrics.update(batch, loss, predictions)
 
@@ -123,11 +131,32 @@ class Steps:
     ) -> tuple[tf.Tensor, Any, list[Any]]:
         """Loss, predictions and the gradients of the scaled loss."""
         with tf.GradientTape() as tape:
-            predictions = self.model(batch.x, training=True)
+            predictions = self._predict(batch, training=True)
             loss = self.compute_loss(batch, predictions)
             scaled_loss = self.optimizer.scale_loss(loss)
         gradients = tape.gradient(scaled_loss, self.model.trainable_variables)
         return loss, predictions, _zero_if_empty(gradients, batch)
+
+    def _predict(self, batch: Batch, *, training: bool) -> Any:
+        """What the model returns, a row for each example.
+
+        Of a batch without any, oneDNN's kernels for images fail or end the
+        process (TensorFlow 2.21), so the model is given a row of zeros then.
+        """
+        is_guarded = self._guards_empty and batch.weight.shape[0] is None
+        is_compiled = self.jit_compile and training  # without oneDNN
+        if is_compiled or not is_guarded:
+            return self.model(batch.x, training=training)
+        rows = tf.shape(batch.weight)[0]
+        x = tf.cond(
+            rows > 0,
+            lambda: batch.x,
+            lambda: tf.nest.map_structure(_row_of_zeros, batch.x),
+        )
+        return tf.nest.map_structure(
+            lambda leaf: _first_rows(leaf, rows),
+            self.model(x, training=training),
+        )
 
     def compute_loss(self, batch: Batch, predictions: Any) -> tf.Tensor:
         """This replica's part of the loss of the global batch.
@@ -354,9 +383,9 @@ def _settle(
         has_examples = tf.cast(_num_rows(batch) > 0, tf.float32)
         # Statistics of no example are NaN; NaN * 0 must be 0 here.
         present = [tf.math.multiply_no_nan(m, has_examples) for m in means]
-        number, *totals = context.all_reduce(
-            tf.distribute.ReduceOp.SUM, [has_examples, *present]
-        )
+        packed = reduction.pack([has_examples, *present])
+        sums = reduction.all_reduce_sum(packed.tensors)
+        number, *totals = packed.with_tensors(sums).unpack()
         means = [total / number for total in totals]
     for variable, mean, old in zip(statistics, means, before, strict=True):
         is_finite = tf.reduce_all(tf.math.is_finite(mean))
@@ -509,6 +538,19 @@ def _aligned(y: tf.Tensor, prediction: tf.Tensor) -> tf.Tensor:
     if lacks_axis and prediction.shape[-1] == 1:
         return tf.expand_dims(y, axis=-1)
     return y
+
+
+def _row_of_zeros(empty: tf.Tensor) -> tf.Tensor:
+    row = tf.zeros([1, *tf.unstack(tf.shape(empty))[1:]], empty.dtype)
+    return tf.ensure_shape(row, [1, *empty.shape[1:]])
+
+
+def _first_rows(prediction: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    first = prediction[:rows]
+    mask = getattr(prediction, "_keras_mask", None)
+    if mask is not None:
+        first._keras_mask = mask[:rows]
+    return first
 
 
 def _num_rows(batch: Batch) -> tf.Tensor:

@@ -7,7 +7,9 @@ import sys
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
+from dist_amp import batch_norm
 from tests import support
 
 MOMENTUM = 0.75
@@ -159,6 +161,99 @@ def test_one_example_for_all_replicas_leaves_no_nan(num_replicas, synchronized):
     for weight in trained.weights:
         assert np.isfinite(weight).all()
     support.assert_same_on_replicas(trained.model.variables)
+
+
+# --------------------------------------------------- images: the fused kernel
+
+
+class _NotFused(keras.layers.BatchNormalization):
+    """What is subclassed is left alone."""
+
+
+def _make_convolutional(norm=keras.layers.BatchNormalization, **options):
+    return keras.Sequential(
+        [
+            keras.Input((support.NUM_FEATURES,)),
+            keras.layers.Reshape((2, 3, 1)),
+            keras.layers.Conv2D(8, 2, padding="same", use_bias=False),
+            norm(momentum=MOMENTUM, **options),
+            keras.layers.ReLU(),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(support.NUM_CLASSES, dtype="float32"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("precision", support.PRECISIONS)
+def test_fused_equals_keras(precision, jit_compile):
+    trained, reference = (
+        support.fit_trainer(
+            support.make_dataset(2 * support.GLOBAL_BATCH + 3),
+            functools.partial(_make_convolutional, norm),
+            precision=precision,
+            jit_compile=jit_compile,
+        )
+        for norm in (keras.layers.BatchNormalization, _NotFused)
+    )
+    support.assert_parity(trained, reference, precision)
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale": False}, {"center": False}, {"axis": 3}]
+)
+def test_fused_knows_the_options(options):
+    dataset = support.make_dataset()
+    trained = support.fit_trainer(
+        dataset, lambda: _make_convolutional(**options)
+    )
+    reference = support.fit_reference(
+        dataset, lambda: _make_convolutional(**options)
+    )
+    support.assert_parity(trained, reference)
+
+
+@pytest.mark.parametrize("num_replicas", [2, 4])
+def test_fused_on_replicas_of_which_some_are_empty(num_replicas):
+    weights = []
+    for norm in (keras.layers.BatchNormalization, _NotFused):
+        trained = support.fit_trainer(
+            support.make_dataset(support.GLOBAL_BATCH + 1),
+            functools.partial(_make_convolutional, norm),
+            num_replicas=num_replicas,
+        )
+        support.assert_same_on_replicas(trained.model.variables)
+        weights.append(trained.weights)
+    support.assert_close(*weights)
+
+
+def _operations(layer, x, **arguments):
+    function = tf.function(lambda: layer(x, **arguments))
+    graph = function.get_concrete_function().graph
+    return [operation.type for operation in graph.get_operations()]
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "training", "is_fused"),
+    [
+        ({}, (4, 2, 2, 3), True, True),
+        ({}, (4, 2, 2, 3), False, False),
+        ({}, (4, 3), True, False),
+        ({"trainable": False}, (4, 2, 2, 3), True, False),
+        ({"axis": 1}, (4, 2, 2, 3), True, False),
+        ({"renorm": True}, (4, 2, 2, 3), True, False),
+        ({"dtype": "float64"}, (4, 2, 2, 3), True, False),
+    ],
+)
+def test_what_is_fused(options, shape, training, is_fused):
+    layer = keras.layers.BatchNormalization(**options)
+    x = tf.ones(shape, layer.compute_dtype)
+    layer.build(shape)
+    before = layer.get_config()
+    batch_norm.fuse([layer, keras.layers.Dense(2)])
+    operations = _operations(layer, x, training=training)
+    assert ("FusedBatchNormV3" in operations) is is_fused
+    assert layer.get_config() == before
 
 
 if __name__ == "__main__":

@@ -57,6 +57,42 @@ def test_dataset_smaller_than_the_replicas(num_replicas):
     support.assert_parity(trained, _reference(1, "float32"))
 
 
+def _make_convolutional():
+    return keras.Sequential(
+        [
+            keras.Input((support.NUM_FEATURES,)),
+            keras.layers.Reshape((2, 3, 1)),
+            keras.layers.Conv2D(4, 2, padding="same"),
+            keras.layers.DepthwiseConv2D(2, padding="same"),
+            keras.layers.MaxPooling2D(2, strides=1, padding="same"),
+            keras.layers.AveragePooling2D((1, 2)),
+            keras.layers.Conv2D(3, 1),
+            keras.layers.Flatten(),
+            keras.layers.Dense(support.NUM_CLASSES, dtype="float32"),
+        ]
+    )
+
+
+@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize("num_replicas", [2, 4])
+def test_images_of_which_some_replicas_get_none(num_replicas, jit_compile):
+    """TensorFlow's own kernels for images break without an example."""
+    num_examples = support.GLOBAL_BATCH + 1
+    dataset = support.make_dataset(num_examples)
+    trained = support.fit_trainer(
+        dataset,
+        _make_convolutional,
+        num_replicas=num_replicas,
+        jit_compile=jit_compile,
+    )
+    reference = support.fit_reference(dataset, _make_convolutional)
+    support.assert_parity(trained, reference)
+    x, y = support.make_arrays(num_examples)
+    expected = support.make_loss()(y, trained.model(x))
+    results = trained.trainer.evaluate(dataset)
+    np.testing.assert_allclose(results["loss"], expected, rtol=1e-5)
+
+
 def _weighted_arrays(num_examples=21):
     """Weights with zeros, a whole last batch of small ones among them."""
     x, y = support.make_arrays(num_examples)
