@@ -64,12 +64,14 @@ class Result:
         steps_per_sec: Of each counted pass.
         loss: Of the last pass.
         peak_mib: Most memory that its process held.
+        device_mib: Most memory in use on its GPU.
         error: Last words of one that failed, else None.
     """
 
     steps_per_sec: list[float] = dataclasses.field(default_factory=list)
     loss: float = float("nan")
     peak_mib: float = 0.0
+    device_mib: float = 0.0
     error: str | None = None
 
     @property
@@ -139,6 +141,7 @@ class Process:
         numbers = json.loads(answer)
         self.result.loss = numbers["loss"]
         self.result.peak_mib = numbers["peak_mib"]
+        self.result.device_mib = numbers["device_mib"]
         if counts:
             rate = self._steps / numbers["seconds"]
             self.result.steps_per_sec.append(rate)

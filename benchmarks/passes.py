@@ -31,6 +31,9 @@ class Setting:
         loss_scale: "auto", "dynamic" or "none".
         wire_dtype: Of gradients between workers; none if empty.
         save_every: Updates from one checkpoint to the next; none if 0.
+        allows_tf32: Whether GPUs may round float32 factors to TF32.
+        records: Folder of TFRecord files to read images from; examples are in
+            memory if empty.
         core: The only processor core to use; all if -1.
     """
 
@@ -44,6 +47,8 @@ class Setting:
     loss_scale: str = "auto"
     wire_dtype: str = ""
     save_every: int = 0
+    allows_tf32: bool = True
+    records: str = ""
     core: int = -1
 
     @property
@@ -80,9 +85,19 @@ class Passes:
         self._begin = time.perf_counter()
         return bool(request)
 
-    def done(self, loss: float) -> None:
-        """Reports a pass and the mean loss of its steps."""
+    def done(self, loss: float, device_bytes: int = 0) -> None:
+        """Reports a pass.
+
+        Args:
+            loss: Mean of its steps.
+            device_bytes: Peak of the memory in use on a GPU.
+        """
         seconds = time.perf_counter() - self._begin
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        answer = {"seconds": seconds, "loss": loss, "peak_mib": peak / 1024}
+        answer = {
+            "seconds": seconds,
+            "loss": loss,
+            "peak_mib": peak / 1024,
+            "device_mib": device_bytes / 2**20,
+        }
         print(json.dumps(answer), file=self._answers, flush=True)

@@ -1,10 +1,12 @@
 """Results as a Markdown table and as a picture."""
 
+import dataclasses
 import datetime
 import os
 import pathlib
 import statistics
 from collections.abc import Mapping
+from typing import Any
 
 from benchmarks.contest import LIMIT, OURS, Result
 from benchmarks.passes import Setting
@@ -48,12 +50,31 @@ def table(results: Mapping[str, Result]) -> str:
             f"| {name} | {result.median:,.4g} | {min(rates):,.4g} - "
             f"{max(rates):,.4g} | {factor} | {result.peak_mib:,.0f} |"
         )
-    lines += [
+    return "\n".join(lines + failures(results))
+
+
+def failures(results: Mapping[str, Result]) -> list[str]:
+    """Rows of those that failed."""
+    return [
         f"| {name} | failed: {result.error} | | | |"
         for name, result in results.items()
         if result.error is not None
     ]
-    return "\n".join(lines)
+
+
+def rows(
+    all_results: Mapping[Setting, Mapping[str, Result]],
+) -> list[dict[str, Any]]:
+    """All that was set and measured, for a JSON file."""
+    return [
+        {
+            **dataclasses.asdict(setting),
+            "contender": name,
+            **dataclasses.asdict(result),
+        }
+        for setting, results in all_results.items()
+        for name, result in results.items()
+    ]
 
 
 def draw(

@@ -5,7 +5,6 @@ python -m benchmarks.run --workloads mlp --replicas 1 2 --passes 7
 """
 
 import argparse
-import dataclasses
 import itertools
 import json
 import pathlib
@@ -87,15 +86,7 @@ def _read_arguments() -> argparse.Namespace:
 
 
 def _write(out: pathlib.Path, all_results: dict) -> None:
-    rows = [
-        {
-            **dataclasses.asdict(setting),
-            "contender": name,
-            **dataclasses.asdict(result),
-        }
-        for setting, results in all_results.items()
-        for name, result in results.items()
-    ]
+    rows = report.rows(all_results)
     out.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
     report.draw(all_results, out.with_suffix(".png"))
 

@@ -6,21 +6,24 @@ import keras
 import tensorflow as tf
 
 import dist_amp.data
+from benchmarks import records
 from benchmarks.passes import Passes, Setting
 from dist_amp import strategy as strategy_lib
 
 
-def devices(replicas: int) -> list[str]:
+def devices(setting: Setting) -> list[str]:
     """Names of GPUs if there are any, else of as many logical CPUs."""
+    replicas = setting.replicas
+    tf.config.experimental.enable_tensor_float_32_execution(setting.allows_tf32)
     if tf.config.list_physical_devices("GPU"):
         return [f"GPU:{i}" for i in range(replicas)]
     return strategy_lib.use_logical_cpus(replicas)
 
 
-def stock_strategy(replicas: int) -> tf.distribute.Strategy:
+def stock_strategy(setting: Setting) -> tf.distribute.Strategy:
     """TensorFlow's own choice for so many replicas."""
-    names = devices(replicas)
-    if replicas == 1:
+    names = devices(setting)
+    if setting.replicas == 1:
         return tf.distribute.get_strategy()
     return tf.distribute.MirroredStrategy(names)
 
@@ -31,6 +34,8 @@ def dataset(setting: Setting) -> tf.data.Dataset:
     Made by the fastest way that we know, so that what differs is training.
     """
     work = setting.work
+    if setting.records:
+        return records.read(work, setting.records)
     of_pass = dist_amp.data.from_arrays(
         work.make_arrays(), work.batch_size, shuffle_seed=0
     )
@@ -64,4 +69,11 @@ class TakeTurns(keras.callbacks.Callback):
     ) -> None:
         """Tells the loss."""
         del epoch
-        self._passes.done(float((logs or {})["loss"]))
+        self._passes.done(float((logs or {})["loss"]), device_bytes())
+
+
+def device_bytes() -> int:
+    """Peak of the memory in use on the first GPU; 0 without one."""
+    if not tf.config.list_logical_devices("GPU"):
+        return 0
+    return tf.config.experimental.get_memory_info("GPU:0")["peak"]

@@ -4,6 +4,7 @@ Keras 3 computes it by some twenty operations, most of which read or write all
 activations once more. The kernel reads them twice.
 """
 
+import functools
 import types
 from collections.abc import Iterable
 from typing import Any
@@ -13,8 +14,12 @@ import tensorflow as tf
 
 _DTYPES = (tf.float32, tf.float16, tf.bfloat16)
 
+# oneDNN's kernel takes 80 us to start, so that on CPUs it loses on images of
+# fewer activations than about 100,000 in a batch, whose size is not known.
+_LARGE_ON_CPU = 4096  # in one image
 
-def fuse(layers: Iterable[keras.layers.Layer]) -> None:
+
+def fuse(layers: Iterable[keras.layers.Layer], *, on_cpu: bool) -> None:
     """Makes Keras' own layers train by the fused kernel, from now on.
 
     Weights, statistics, configuration and results stay what they are, but for
@@ -24,11 +29,13 @@ def fuse(layers: Iterable[keras.layers.Layer]) -> None:
 
     Args:
         layers: Of any kind.
+        on_cpu: Whether they run on CPUs, where small images are left alone.
     """
+    call = functools.partial(_call, least=_LARGE_ON_CPU if on_cpu else 0)
     for layer in layers:
         is_stock = type(layer) is keras.layers.BatchNormalization
         if is_stock and not (layer.synchronized or layer.renorm):
-            layer.call = types.MethodType(_call, layer)
+            layer.call = types.MethodType(call, layer)
 
 
 def _call(
@@ -36,12 +43,15 @@ def _call(
     inputs: Any,
     training: bool | None = None,
     mask: Any = None,
+    *,
+    least: int,
 ) -> Any:
     """What takes the place of `BatchNormalization.call`."""
     inputs = tf.convert_to_tensor(inputs)
     is_image = inputs.shape.rank == 4 and layer.axis in (-1, 3)
     learns = training and layer.trainable and mask is None
-    if not (is_image and learns and inputs.dtype in _DTYPES):
+    is_fit = is_image and learns and inputs.dtype in _DTYPES
+    if not is_fit or (inputs.shape[1:].num_elements() or least) < least:
         return type(layer).call(layer, inputs, training=training, mask=mask)
     channels = inputs.shape[-1]
     outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(

@@ -50,7 +50,8 @@ class Steps:
         jit_compile: bool,
     ):
         self.model = model
-        batch_norm.fuse(layers_of(model))
+        on_cpu = any("CPU" in d for d in strategy.extended.worker_devices)
+        batch_norm.fuse(layers_of(model), on_cpu=on_cpu)
         self.optimizer = optimizer
         self.loss = _resolve_loss(loss)
         self.strategy = strategy
@@ -58,7 +59,7 @@ class Steps:
         self.replica_ids = _local_replica_ids(strategy)
         self._guards_empty = (
             strategy.num_replicas_in_sync > 1
-            and any("CPU" in d for d in strategy.extended.worker_devices)
+            and on_cpu
             and not is_synchronized(model)  # which counts all replicas' rows
         )
         if strategy_lib.num_workers(strategy) > 1 and stopwatch.is_allowed():

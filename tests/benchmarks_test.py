@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from benchmarks import contest, report
+from benchmarks import contest, gpu, report
 from benchmarks.contest import Contender, Result
 from benchmarks.passes import Setting
 from benchmarks.workloads import WORKLOADS
@@ -44,6 +44,54 @@ def test_contenders_train_the_same_in_turn(tmp_path):
     assert (tmp_path / "speed.png").stat().st_size > 10_000
 
 
+def test_the_gpu_benchmark_runs_its_smallest_sizes(tmp_path):
+    done = run(
+        "gpu",
+        "--tiny",
+        *("--contenders", "dist_amp, XLA"),
+        *("--precisions", "mixed_float16"),
+        *("--passes", "1", "--steps", "1"),
+        *("--out", str(tmp_path / "gpu")),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    images, records, text = rows
+    assert images["loss"] == pytest.approx(math.log(10), rel=0.5)
+    assert records["records"]
+    assert records["loss"] > 0
+    assert text["loss"] == pytest.approx(math.log(64), rel=0.1)
+    assert "| contender | images/s | MFU |" in done.stdout
+    assert "| contender | tokens/s | MFU |" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "allows_tf32", "tera"),
+    [
+        ("NVIDIA H200, 143771 MiB, 143162 MiB", "mixed_bfloat16", True, 989),
+        ("NVIDIA H100 80GB HBM3", "float32", True, 495),
+        ("NVIDIA A100-SXM4-40GB", "float32", False, 19.5),
+        ("Tesla T4", "mixed_float16", True, 65),
+        ("NVIDIA L4", "mixed_float16", True, 121),
+    ],
+)
+def test_peaks_by_the_name_that_the_driver_tells(
+    name, precision, allows_tf32, tera
+):
+    setting = Setting("gpt2", precision=precision, allows_tf32=allows_tf32)
+    assert gpu.peak_of(name, setting) == tera * 1e12
+    assert gpu.peak_of("another", setting) is None
+    assert gpu.peak_of(None, setting) is None
+
+
+def test_mfu_and_percentiles_of_passes():
+    """A hundred steps of ten examples a second, of passes of other lengths."""
+    result = Result([100.0] * 8 + [50.0] * 2)
+    setting = Setting("gpt2", precision="mixed_bfloat16", batch_size=10)
+    *_, row = gpu.table({"ours": result}, setting, "NVIDIA H100").splitlines()
+    mfu = 100 * 10 * setting.work.sizes.flops / 989e12
+    assert row.startswith(f"| ours | 1,024,000 | {mfu:.1%} | 10.0 | 20.0 |")
+
+
 def test_a_contender_that_fails_is_a_row_of_the_table():
     broken = Contender("broken", "bare_step", {"precision": "float12"})
     results = contest.hold(Setting("tiny_gpt"), [broken], passes=1, warm_up=0)
@@ -65,7 +113,7 @@ def test_flops_are_those_of_the_literature(name, giga):
 
 
 @pytest.mark.parametrize(
-    "module", ["growth", "overheads", "scaling", "startup"]
+    "module", ["gpu", "growth", "overheads", "scaling", "startup"]
 )
 def test_every_figure_has_a_help_text(module):
     done = run(module, "--help")

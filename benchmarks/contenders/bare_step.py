@@ -16,7 +16,7 @@ from benchmarks.workloads import LEARNING_RATE
 def main() -> None:
     """Trains until no more passes are asked for."""
     setting, passes = read_setting(), Passes()
-    names = setup.devices(setting.replicas)
+    names = setup.devices(setting)
     strategy = dist_amp.make_strategy(devices=names)
     with dist_amp.scope(strategy, setting.precision):
         model = keras_models.build(keras, setting.work.sizes)

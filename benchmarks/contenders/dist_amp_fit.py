@@ -16,7 +16,7 @@ from benchmarks.workloads import LEARNING_RATE
 def main() -> None:
     """Trains until no more passes are asked for."""
     setting, passes = read_setting(), Passes()
-    names = setup.devices(setting.replicas)
+    names = setup.devices(setting)
     strategy = dist_amp.make_strategy(devices=names)
     with dist_amp.scope(strategy, setting.precision):
         model = keras_models.build(keras, setting.work.sizes)
@@ -41,7 +41,11 @@ def main() -> None:
             policy = dist_amp.SavePolicy(every_steps=setting.save_every)
             saving = {"checkpoint_dir": directory, "save_policy": policy}
         trainer.fit(
-            dist_amp.data.from_arrays(work.make_arrays(), work.batch_size, 0),
+            setup.dataset(setting)
+            if setting.records
+            else dist_amp.data.from_arrays(
+                work.make_arrays(), work.batch_size, 0
+            ),
             epochs=10**6,
             steps_per_epoch=setting.steps,
             callbacks=[setup.TakeTurns(passes)],

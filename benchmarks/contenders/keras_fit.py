@@ -12,13 +12,14 @@ def main() -> None:
     """Trains until no more passes are asked for."""
     setting, passes = read_setting(), Passes()
     keras.mixed_precision.set_global_policy(setting.precision)
-    with setup.stock_strategy(setting.replicas).scope():
+    with setup.stock_strategy(setting).scope():
         model = keras_models.build(keras, setting.work.sizes)
         model.compile(
             keras.optimizers.Adam(LEARNING_RATE),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
             steps_per_execution=min(setting.steps_per_call, setting.steps),
+            jit_compile=setting.compiles,
         )
     model.fit(
         setup.dataset(setting),

@@ -71,7 +71,7 @@ def main() -> None:
     """Trains until no more passes are asked for."""
     setting, passes = read_setting(), Passes()
     tf_keras.mixed_precision.set_global_policy(setting.precision)
-    trainer = Trainer(setting, setup.stock_strategy(setting.replicas))
+    trainer = Trainer(setting, setup.stock_strategy(setting))
     while passes.wait():
         logs = trainer.train(tf.constant(setting.steps))
         passes.done(float(logs["loss"]))

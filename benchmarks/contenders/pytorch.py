@@ -25,6 +25,8 @@ class Training:
         self.setting = setting
         self.has_images = isinstance(setting.work.sizes, ResNet)
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        torch.backends.cuda.matmul.allow_tf32 = setting.allows_tf32
+        torch.backends.cudnn.allow_tf32 = setting.allows_tf32
         model = torch_models.build(setting.work.sizes).to(self.device)
         if self.has_images:
             model = model.to(memory_format=torch.channels_last)
@@ -35,8 +37,8 @@ class Training:
             self.device, enabled=setting.precision == "mixed_float16"
         )
         self.model = torch.compile(model) if setting.compiles else model
-        self.x, self.y = _arrays(setting)
-        self.order = torch.empty(0, dtype=torch.long)
+        self.x, self.y = (a.to(self.device) for a in _arrays(setting))
+        self.order = torch.empty(0, dtype=torch.long, device=self.device)
         self.reset()
 
     def reset(self) -> None:
@@ -48,12 +50,12 @@ class Training:
         """The next examples of a shuffled pass over the data."""
         size = self.setting.work.batch_size
         if len(self.order) < size:
-            self.order = torch.randperm(len(self.x))
+            self.order = torch.randperm(len(self.x), device=self.device)
         indices, self.order = self.order[:size], self.order[size:]
         x, y = self.x[indices], self.y[indices]
         if self.has_images:
             x = x.contiguous(memory_format=torch.channels_last)
-        return x.to(self.device), y.to(self.device)
+        return x, y
 
     def precision(self) -> contextlib.AbstractContextManager:
         """Autocast, if the policy is mixed."""
@@ -85,7 +87,8 @@ def main() -> None:
         training.reset()
         for _ in range(setting.steps):
             training.step()
-        passes.done(float(training.loss) / setting.steps)
+        loss = float(training.loss) / setting.steps
+        passes.done(loss, torch.cuda.max_memory_allocated())
 
 
 if __name__ == "__main__":

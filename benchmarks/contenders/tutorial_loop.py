@@ -13,7 +13,7 @@ def main() -> None:
     """Trains until no more passes are asked for."""
     setting, passes = read_setting(), Passes()
     keras.mixed_precision.set_global_policy(setting.precision)
-    strategy = setup.stock_strategy(setting.replicas)
+    strategy = setup.stock_strategy(setting)
     with strategy.scope():
         model = keras_models.build(keras, setting.work.sizes)
         optimizer = keras.optimizers.Adam(LEARNING_RATE)

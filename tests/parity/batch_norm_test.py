@@ -184,6 +184,13 @@ def _make_convolutional(norm=keras.layers.BatchNormalization, **options):
     )
 
 
+@pytest.fixture
+def small_is_large(monkeypatch):
+    """Small images are fused, too."""
+    monkeypatch.setattr(batch_norm, "_LARGE_ON_CPU", 0)
+
+
+@pytest.mark.usefixtures("small_is_large")
 @pytest.mark.parametrize("jit_compile", [False, True])
 @pytest.mark.parametrize("precision", support.PRECISIONS)
 def test_fused_equals_keras(precision, jit_compile):
@@ -199,6 +206,7 @@ def test_fused_equals_keras(precision, jit_compile):
     support.assert_parity(trained, reference, precision)
 
 
+@pytest.mark.usefixtures("small_is_large")
 @pytest.mark.parametrize(
     "options", [{"scale": False}, {"center": False}, {"axis": 3}]
 )
@@ -213,6 +221,7 @@ def test_fused_knows_the_options(options):
     support.assert_parity(trained, reference)
 
 
+@pytest.mark.usefixtures("small_is_large")
 @pytest.mark.parametrize("num_replicas", [2, 4])
 def test_fused_on_replicas_of_which_some_are_empty(num_replicas):
     weights = []
@@ -236,13 +245,14 @@ def _operations(layer, x, **arguments):
 @pytest.mark.parametrize(
     ("options", "shape", "training", "is_fused"),
     [
-        ({}, (4, 2, 2, 3), True, True),
-        ({}, (4, 2, 2, 3), False, False),
+        ({}, (4, 32, 32, 4), True, True),
+        ({}, (4, 32, 32, 4), False, False),
         ({}, (4, 3), True, False),
-        ({"trainable": False}, (4, 2, 2, 3), True, False),
-        ({"axis": 1}, (4, 2, 2, 3), True, False),
-        ({"renorm": True}, (4, 2, 2, 3), True, False),
-        ({"dtype": "float64"}, (4, 2, 2, 3), True, False),
+        ({}, (4, 2, 2, 4), True, False),  # too small on a CPU
+        ({"trainable": False}, (4, 32, 32, 4), True, False),
+        ({"axis": 1}, (4, 32, 32, 4), True, False),
+        ({"renorm": True}, (4, 32, 32, 4), True, False),
+        ({"dtype": "float64"}, (4, 32, 32, 4), True, False),
     ],
 )
 def test_what_is_fused(options, shape, training, is_fused):
@@ -250,7 +260,7 @@ def test_what_is_fused(options, shape, training, is_fused):
     x = tf.ones(shape, layer.compute_dtype)
     layer.build(shape)
     before = layer.get_config()
-    batch_norm.fuse([layer, keras.layers.Dense(2)])
+    batch_norm.fuse([layer, keras.layers.Dense(2)], on_cpu=True)
     operations = _operations(layer, x, training=training)
     assert ("FusedBatchNormV3" in operations) is is_fused
     assert layer.get_config() == before
