@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_amp import batch_norm, random_state, reduction, stopwatch
+from dist_amp import fused, random_state, reduction, stopwatch
 from dist_amp import strategy as strategy_lib
 from dist_amp.data import Batch
 from dist_amp.metrics import MetricSet, MetricsLike
@@ -51,7 +51,7 @@ class Steps:
     ):
         self.model = model
         on_cpu = any("CPU" in d for d in strategy.extended.worker_devices)
-        batch_norm.fuse(layers_of(model), on_cpu=on_cpu)
+        fused.fuse(layers_of(model), on_cpu=on_cpu)
         self.optimizer = optimizer
         self.loss = _resolve_loss(loss)
         self.strategy = strategy

@@ -7,9 +7,8 @@ import sys
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
-from dist_amp import batch_norm
+from dist_amp import fused
 from tests import support
 
 MOMENTUM = 0.75
@@ -187,7 +186,7 @@ def _make_convolutional(norm=keras.layers.BatchNormalization, **options):
 @pytest.fixture
 def small_is_large(monkeypatch):
     """Small images are fused, too."""
-    monkeypatch.setattr(batch_norm, "_LARGE_ON_CPU", 0)
+    monkeypatch.setattr(fused, "_LARGE_ON_CPU", 0)
 
 
 @pytest.mark.usefixtures("small_is_large")
@@ -234,36 +233,6 @@ def test_fused_on_replicas_of_which_some_are_empty(num_replicas):
         support.assert_same_on_replicas(trained.model.variables)
         weights.append(trained.weights)
     support.assert_close(*weights)
-
-
-def _operations(layer, x, **arguments):
-    function = tf.function(lambda: layer(x, **arguments))
-    graph = function.get_concrete_function().graph
-    return [operation.type for operation in graph.get_operations()]
-
-
-@pytest.mark.parametrize(
-    ("options", "shape", "training", "is_fused"),
-    [
-        ({}, (4, 32, 32, 4), True, True),
-        ({}, (4, 32, 32, 4), False, False),
-        ({}, (4, 3), True, False),
-        ({}, (4, 2, 2, 4), True, False),  # too small on a CPU
-        ({"trainable": False}, (4, 32, 32, 4), True, False),
-        ({"axis": 1}, (4, 32, 32, 4), True, False),
-        ({"renorm": True}, (4, 32, 32, 4), True, False),
-        ({"dtype": "float64"}, (4, 32, 32, 4), True, False),
-    ],
-)
-def test_what_is_fused(options, shape, training, is_fused):
-    layer = keras.layers.BatchNormalization(**options)
-    x = tf.ones(shape, layer.compute_dtype)
-    layer.build(shape)
-    before = layer.get_config()
-    batch_norm.fuse([layer, keras.layers.Dense(2)], on_cpu=True)
-    operations = _operations(layer, x, training=training)
-    assert ("FusedBatchNormV3" in operations) is is_fused
-    assert layer.get_config() == before
 
 
 if __name__ == "__main__":
