@@ -671,6 +671,23 @@ def computes_in_float16(model: keras.Model) -> bool:
     return any(layer.compute_dtype == "float16" for layer in layers_of(model))
 
 
+def odd_sizes(model: keras.Model) -> list[tuple[str, int]]:
+    """Layers in half precision whose outputs are no multiple of 8.
+
+    Source: NVIDIA, "Train With Mixed Precision", on tensor cores.
+
+    Returns:
+        Their paths with the last dimension of the kernel.
+    """
+    kernels = [
+        (layer.path, layer.kernel.shape[-1])
+        for layer in layers_of(model)
+        if layer.compute_dtype in ("float16", "bfloat16")
+        and isinstance(getattr(layer, "kernel", None), keras.Variable)
+    ]
+    return [(path, size) for path, size in kernels if size % 8]
+
+
 def is_synchronized(model: keras.Model) -> bool:
     """Whether a layer talks to the other replicas in the forward pass."""
     return any(

@@ -50,17 +50,13 @@ class Steps:
         jit_compile: bool,
     ):
         self.model = model
-        on_cpu = any("CPU" in d for d in strategy.extended.worker_devices)
-        fused.fuse(layers_of(model), on_cpu=on_cpu)
         self.optimizer = optimizer
         self.loss = _resolve_loss(loss)
         self.strategy = strategy
         self.jit_compile = jit_compile
         self.replica_ids = _local_replica_ids(strategy)
-        self._guards_empty = (
-            strategy.num_replicas_in_sync > 1
-            and on_cpu
-            and not is_synchronized(model)  # which counts all replicas' rows
+        self.is_on_cpu = any(
+            "CPU" in device for device in strategy.extended.worker_devices
         )
         if strategy_lib.num_workers(strategy) > 1 and stopwatch.is_allowed():
             on_gpu = any("GPU" in d for d in strategy.extended.worker_devices)
@@ -144,9 +140,14 @@ class Steps:
         Of a batch without any, oneDNN's kernels for images fail or end the
         process (TensorFlow 2.21), so the model is given a row of zeros then.
         """
-        is_guarded = self._guards_empty and batch.weight.shape[0] is None
         is_compiled = self.jit_compile and training  # without oneDNN
-        if is_compiled or not is_guarded:
+        can_be_empty = (
+            self.is_on_cpu
+            and self.strategy.num_replicas_in_sync > 1
+            and batch.weight.shape[0] is None
+            and not is_synchronized(self.model)  # which counts all rows
+        )
+        if is_compiled or not can_be_empty:
             return self.model(batch.x, training=training)
         rows = tf.shape(batch.weight)[0]
         x = tf.cond(
@@ -302,6 +303,10 @@ class Steps:
             return self.metrics.results()
 
         return test_loop
+
+    def fuse_layers(self) -> None:
+        """See `fused.fuse`; the model must be built."""
+        fused.fuse(layers_of(self.model), on_cpu=self.is_on_cpu)
 
     def spread_seeds(self) -> None:
         """See `random_state.spread_seeds`."""

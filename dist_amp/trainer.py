@@ -336,6 +336,8 @@ class Trainer(Steps):
             self.optimizer.build(self.model.trainable_variables)
             self.metrics.build(y, predictions)
         self._check_combinations()
+        self._warn_of_odd_sizes()
+        self.fuse_layers()
         self.spread_seeds()
         self._is_built = True
 
@@ -420,6 +422,16 @@ class Trainer(Steps):
                 "`jit_compile` on several replicas cannot compile layers that "
                 "talk to other replicas, like BatchNormalization("
                 "synchronized=True); turn one of them off (--nojit_compile)."
+            )
+
+    def _warn_of_odd_sizes(self) -> None:
+        """Tensor cores want sizes that are multiples of 8."""
+        odd = optimizer_lib.odd_sizes(self.model)
+        if odd and not self.is_on_cpu:
+            _log.warning(
+                "tensor cores are slow, or idle, where the units or filters "
+                "of a layer in half precision are no multiple of 8: %s",
+                ", ".join(f"{name} ({size})" for name, size in odd),
             )
 
     def _split(

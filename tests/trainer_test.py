@@ -34,6 +34,27 @@ def test_steps_per_loop_changes_nothing_but_the_calls(steps_per_loop):
     support.assert_close(trained.weights, expected.weights)
 
 
+@pytest.mark.parametrize("is_on_cpu", [False, True])
+def test_sizes_that_tensor_cores_dislike_are_named(is_on_cpu, caplog):
+    def make_model():
+        dense = keras.layers.Dense
+        layers = [dense(13, name="odd"), dense(16, name="even")]
+        logits = dense(support.NUM_CLASSES, dtype="float32", name="logits")
+        return keras.Sequential(
+            [keras.Input((support.NUM_FEATURES,)), *layers, logits]
+        )
+
+    trainer = support.make_trainer(make_model, precision="mixed_bfloat16")
+    trainer.is_on_cpu = is_on_cpu  # there is no other device here
+    trainer.build(support.make_dataset())
+    named = [r.message for r in caplog.records if "multiple of 8" in r.message]
+    if is_on_cpu:
+        assert named == []
+    else:
+        (message,) = named
+        assert message.endswith("odd (13)")
+
+
 def test_callbacks_hear_of_the_end_of_each_call():
     ends = []
     callback = keras.callbacks.LambdaCallback(
