@@ -23,7 +23,7 @@ from dist_amp.checkpoint import Checkpointer, SavePolicy
 from tests import support
 
 SECONDS = 120
-NUM_KILLS = int(os.environ.get("DIST_AMP_KILLS", "6"))
+NUM_KILLS = int(os.environ.get("DIST_AMP_KILLS", "4"))
 STEPS_PER_EPOCH = 4
 NUM_EXAMPLES = STEPS_PER_EPOCH * support.GLOBAL_BATCH
 

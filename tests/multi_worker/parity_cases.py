@@ -57,6 +57,30 @@ def make_embedding():
     )
 
 
+def make_convolutional():
+    return keras.Sequential(
+        [
+            keras.Input((support.NUM_FEATURES,)),
+            keras.layers.Reshape((2, 3, 1)),
+            keras.layers.Conv2D(4, 2, padding="same", activation="tanh"),
+            keras.layers.MaxPooling2D((1, 2)),
+            keras.layers.Flatten(),
+            keras.layers.Dense(support.NUM_CLASSES, dtype="float32"),
+        ]
+    )
+
+
+def make_large():
+    """Two kernels of 4.8 MB: the gradients travel in several packs."""
+    return keras.Sequential(
+        [
+            keras.Input((support.NUM_FEATURES,)),
+            *(keras.layers.Dense(1100, activation="tanh") for _ in range(3)),
+            keras.layers.Dense(support.NUM_CLASSES, dtype="float32"),
+        ]
+    )
+
+
 def plain():
     return support.make_dataset(NUM_EXAMPLES)
 
@@ -188,9 +212,12 @@ CASES = {
     ),
     "uneven, none at all": Case(without_worker_1(0), of_worker=worker_1_has(0)),
     "uneven, none, unknown length": Case(
-        without_worker_1(0), of_worker=worker_1_has(0, is_known=False)
+        without_worker_1(0),
+        make_convolutional,
+        of_worker=worker_1_has(0, is_known=False),
     ),
     "stacks": Case(stacked),
+    "several packs": Case(make_model=make_large),
 }
 
 
