@@ -39,7 +39,7 @@ _GENERIC_OPTIONS = (
 )
 
 # Settings that may differ among the workers of a job.
-_OWN_OF_A_WORKER = ("task_index", "data_dir")
+_OWN_OF_A_WORKER = ("task_index", "data_dir", "compilation_cache")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -140,6 +140,11 @@ class TrainConfig:
     jit_compile: bool = flag(
         False, "Compiles the forward and backward pass with XLA."
     )
+    compilation_cache: str | None = flag(
+        None,
+        "Folder where XLA keeps what it compiled; the next start takes it "
+        "from there. Needs --jit_compile.",
+    )
 
     global_batch_size: int = flag(
         32, "Examples of one update, over all replicas."
@@ -420,6 +425,12 @@ class TrainConfig:
                 "loss_scale_initial",
                 f"must be between the floor {low:g} and the ceiling {high:g}",
                 first,
+            )
+        if self.compilation_cache and not self.jit_compile:
+            _contradict(
+                "compilation_cache",
+                "--nojit_compile",
+                "XLA compiles nothing then; pass --jit_compile",
             )
         if self.jit_compile and self.precision.startswith("graph_"):
             _contradict(

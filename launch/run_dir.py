@@ -32,6 +32,7 @@ _FREE = (
     "steps_per_loop",
     "eval_steps",
     "data_dir",
+    "compilation_cache",
     "strategy",
     "devices",
     "num_logical_cpus",

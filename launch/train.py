@@ -24,6 +24,7 @@ from typing import Any
 
 from absl import flags
 
+from launch import compilation_cache
 from launch.config import TrainConfig
 from launch.flags import read_command_line
 from launch.heartbeat import Beat, Heart
@@ -91,6 +92,8 @@ def _train(
     callbacks: Sequence[Any],
     heart: Heart,
 ) -> int:
+    if config.compilation_cache:
+        compilation_cache.enable(config.compilation_cache)
     with quiet_start():
         from dist_amp import preemption, rendezvous, watchdog  # and TensorFlow
         from launch import build
