@@ -66,6 +66,7 @@ class Steps:
             self.metrics = MetricSet(metrics)
         self.train_replica = self._unconverted(self._train_replica)
         self.test_replica = self._unconverted(self.test_step)
+        self._run = self._unconverted(self._run_on_replicas)
         # Only for XLA: a nested function would forbid layers that talk to
         # other replicas, like synchronized batch norm.
         self._gradients = (
@@ -342,7 +343,7 @@ class Steps:
             return []
         return moving_statistics(self.model)
 
-    def _run(
+    def _run_on_replicas(
         self, step: Callable[[Batch], None], slices: tuple[Batch, ...]
     ) -> None:
         """Runs a step on each replica's slice."""
