@@ -107,6 +107,8 @@ class Process:
             env={
                 **os.environ,
                 "TF_CPP_MIN_LOG_LEVEL": "2",
+                # Several contenders at a time share a GPU.
+                "TF_FORCE_GPU_ALLOW_GROWTH": "true",
                 **(environment or {}),
             },
         )

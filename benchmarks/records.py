@@ -22,7 +22,7 @@ def write(work: Workload, directory: pathlib.Path) -> None:
         directory: An empty folder.
     """
     generator = np.random.default_rng(0)
-    side = work.sizes.side if isinstance(work.sizes, ResNet) else 0
+    side = _side(work)
     coarse = (work.num_examples, side // 8, side // 8, 3)
     images = generator.integers(0, 256, coarse, np.uint8)
     labels = generator.integers(0, work.sizes.classes, work.num_examples)
@@ -33,6 +33,11 @@ def write(work: Workload, directory: pathlib.Path) -> None:
                 # As smooth as photographs: noise takes longer to decode.
                 image = tf.image.resize(images[i], (side, side), "bicubic")
                 writer.write(_example(image, int(labels[i])))
+
+
+def _side(work: Workload) -> int:
+    assert isinstance(work.sizes, ResNet)
+    return work.sizes.side
 
 
 def _example(image: tf.Tensor, label: int) -> bytes:
@@ -48,10 +53,12 @@ def _example(image: tf.Tensor, label: int) -> bytes:
 
 def read(work: Workload, directory: str) -> tf.data.Dataset:
     """Shuffled batches of images in [0, 1] and labels, without end."""
+    side = _side(work)
 
     def decode(example: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         parsed = tf.io.parse_single_example(example, _FEATURES)
         image = tf.io.decode_jpeg(parsed["image"], channels=3)
+        image = tf.ensure_shape(image, [side, side, 3])
         image = tf.image.random_flip_left_right(image)
         return tf.cast(image, tf.float32) / 255.0, parsed["label"]
 

@@ -56,7 +56,7 @@ def table(results: Mapping[str, Result]) -> str:
 def failures(results: Mapping[str, Result]) -> list[str]:
     """Rows of those that failed."""
     return [
-        f"| {name} | failed: {result.error} | | | |"
+        f"| {name} | failed: {result.error} |"
         for name, result in results.items()
         if result.error is not None
     ]

@@ -5,16 +5,20 @@ of which read or write all activations once more. TensorFlow has a kernel for
 the one, XLA makes one for the other.
 """
 
+import contextlib
+import contextvars
 import functools
 import math
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 _DTYPES = (tf.float32, tf.float16, tf.bfloat16)
+
+_may_use_xla = contextvars.ContextVar("may_use_xla", default=False)
 
 # A kernel of oneDNN or XLA takes some 50 to 80 us to start, so that on CPUs
 # it loses where a batch, whose size is not known, has few activations.
@@ -30,7 +34,8 @@ def fuse(layers: Iterable[keras.layers.Layer], *, on_cpu: bool) -> None:
     * `BatchNormalization` of images in training, unless it is synchronized,
       renormalizing or not `channels_last`. In inference Keras' operations are
       one multiplication and one addition.
-    * `activation="gelu"` (the exact one) on CPUs. It is never tried on GPUs.
+    * `activation="gelu"` (the exact one) of `Dense`, `EinsumDense` and
+      `Activation` on CPUs, within `kernels`. It was never tried on GPUs.
 
     Args:
         layers: Of any kind; subclassed ones are left alone.
@@ -47,10 +52,14 @@ def fuse(layers: Iterable[keras.layers.Layer], *, on_cpu: bool) -> None:
             layer.call = types.MethodType(_with_gelu, layer)
 
 
-def _is_large(x: tf.Tensor, least: int) -> bool:
-    """Whether one example has so many numbers, or may have."""
-    number = x.shape[1:].num_elements()
-    return number is None or number >= least
+@contextlib.contextmanager
+def kernels() -> Iterator[None]:
+    """Where kernels of XLA may be used: not in models that are exported."""
+    token = _may_use_xla.set(True)
+    try:
+        yield
+    finally:
+        _may_use_xla.reset(token)
 
 
 # ------------------------------------------------------- batch normalization
@@ -69,9 +78,10 @@ def _batch_norm(
     is_image = inputs.shape.rank == 4 and layer.axis in (-1, 3)
     learns = training and layer.trainable and mask is None
     can_be_fused = is_image and learns and inputs.dtype in _DTYPES
-    if not (can_be_fused and _is_large(inputs, least)):
+    numbers = inputs.shape[1:].num_elements()  # None if images vary
+    if not can_be_fused or (numbers is not None and numbers < least):
         return type(layer).call(layer, inputs, training=training, mask=mask)
-    channels = inputs.shape[-1]
+    channels = layer.moving_mean.shape[0]
     outputs, mean, variance, *_ = tf.raw_ops.FusedBatchNormV3(
         x=inputs,
         scale=_float32(layer.gamma) if layer.scale else tf.ones([channels]),
@@ -81,8 +91,8 @@ def _batch_norm(
         epsilon=layer.epsilon,
     )
     # The kernel's is the unbiased estimate, Keras' the mean square.
-    number = tf.cast(tf.size(inputs) // channels, tf.float32)
-    variance *= (number - 1.0) / number
+    number = tf.cast(tf.size(inputs, tf.int64) // channels, tf.float32)
+    variance = tf.math.multiply_no_nan(variance, (number - 1.0) / number)
     for moving, new in (
         (layer.moving_mean, mean),
         (layer.moving_variance, variance),
@@ -109,6 +119,8 @@ def _ends_with_gelu(layer: keras.layers.Layer) -> bool:
 
 def _with_gelu(layer: keras.layers.Layer, *inputs: Any, **named: Any) -> Any:
     """What takes the place of the `call` of layers that end with GELU."""
+    if not (_may_use_xla.get() and _ends_with_gelu(layer)):
+        return type(layer).call(layer, *inputs, **named)
     layer.activation = _gelu  # not for longer: it is in the configuration
     try:
         return type(layer).call(layer, *inputs, **named)
@@ -117,7 +129,8 @@ def _with_gelu(layer: keras.layers.Layer, *inputs: Any, **named: Any) -> Any:
 
 
 def _gelu(x: tf.Tensor) -> tf.Tensor:
-    if x.dtype in _DTYPES and _is_large(x, _LARGE_ON_CPU):
+    numbers = x.shape[1:].num_elements()  # XLA compiles for each size
+    if x.dtype in _DTYPES and numbers and numbers >= _LARGE_ON_CPU:
         return _fused_gelu(x)
     return keras.activations.gelu(x)
 
@@ -131,7 +144,7 @@ def _fused_gelu(
 
 
 def _cumulative(x: tf.Tensor) -> tf.Tensor:
-    return 0.5 * (1.0 + tf.math.erf(x * math.sqrt(0.5)))
+    return 0.5 * tf.math.erfc(-x * math.sqrt(0.5))
 
 
 @tf.function(jit_compile=True, autograph=False)

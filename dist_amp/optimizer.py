@@ -677,15 +677,18 @@ def odd_sizes(model: keras.Model) -> list[tuple[str, int]]:
     Source: NVIDIA, "Train With Mixed Precision", on tensor cores.
 
     Returns:
-        Their paths with the last dimension of the kernel.
+        Their paths with the units or filters.
     """
-    kernels = [
-        (layer.path, layer.kernel.shape[-1])
+    sizes = [
+        (layer.path, getattr(layer, "filters", None) or layer.units)
         for layer in layers_of(model)
         if layer.compute_dtype in ("float16", "bfloat16")
-        and isinstance(getattr(layer, "kernel", None), keras.Variable)
+        and (
+            isinstance(layer, keras.layers.Dense)
+            or getattr(layer, "filters", None)
+        )
     ]
-    return [(path, size) for path, size in kernels if size % 8]
+    return [(path, size) for path, size in sizes if size % 8]
 
 
 def is_synchronized(model: keras.Model) -> bool:

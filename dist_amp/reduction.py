@@ -110,19 +110,20 @@ def all_reduce_sum(
     """
     context = tf.distribute.get_replica_context()
     summed = list(gradients)
-    if context.num_replicas_in_sync > 1 and summed:
+    if context.num_replicas_in_sync > 1:
         sent = [_cast(g, wire_dtype) for g in summed]
-        received = context.all_reduce(
-            tf.distribute.ReduceOp.SUM,
-            sent,
-            options=tf.distribute.experimental.CommunicationOptions(
-                bytes_per_pack=bytes_per_pack(sent)
-            ),
-        )
-        summed = [
-            _cast(total, own.dtype)
-            for total, own in zip(received, summed, strict=True)
-        ]
+        # TensorFlow would join tensors of several dtypes in one pack.
+        for dtype in dict.fromkeys(g.dtype for g in sent):
+            chosen = [i for i, g in enumerate(sent) if g.dtype == dtype]
+            received = context.all_reduce(
+                tf.distribute.ReduceOp.SUM,
+                [sent[i] for i in chosen],
+                options=tf.distribute.experimental.CommunicationOptions(
+                    bytes_per_pack=bytes_per_pack([sent[i] for i in chosen])
+                ),
+            )
+            for i, total in zip(chosen, received, strict=True):
+                summed[i] = _cast(total, summed[i].dtype)
     return [
         _add_up_rows(gradient)
         if isinstance(gradient, tf.IndexedSlices)

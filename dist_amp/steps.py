@@ -55,17 +55,15 @@ class Steps:
         self.strategy = strategy
         self.jit_compile = jit_compile
         self.replica_ids = _local_replica_ids(strategy)
-        self.is_on_cpu = any(
-            "CPU" in device for device in strategy.extended.worker_devices
-        )
         if strategy_lib.num_workers(strategy) > 1 and stopwatch.is_allowed():
-            on_gpu = any("GPU" in d for d in strategy.extended.worker_devices)
             first = self.replica_ids[0]
-            optimizer.stopwatch = stopwatch.Stopwatch(first, on_gpu=on_gpu)
+            optimizer.stopwatch = stopwatch.Stopwatch(
+                first, on_gpu=self.is_on("GPU")
+            )
         with strategy.scope():
             self.metrics = MetricSet(metrics)
         self.train_replica = self._unconverted(self._train_replica)
-        self.test_replica = self._unconverted(self.test_step)
+        self.test_replica = self._unconverted(self._test_replica)
         self._run = self._unconverted(self._run_on_replicas)
         # Only for XLA: a nested function would forbid layers that talk to
         # other replicas, like synchronized batch norm.
@@ -143,7 +141,7 @@ class Steps:
         """
         is_compiled = self.jit_compile and training  # without oneDNN
         can_be_empty = (
-            self.is_on_cpu
+            self.is_on("CPU")
             and self.strategy.num_replicas_in_sync > 1
             and batch.weight.shape[0] is None
             and not is_synchronized(self.model)  # which counts all rows
@@ -305,9 +303,14 @@ class Steps:
 
         return test_loop
 
+    def is_on(self, kind: str) -> bool:
+        """Whether any replica is on a "CPU", "GPU" or "TPU"."""
+        devices = self.strategy.extended.worker_devices
+        return any(kind in device for device in devices)
+
     def fuse_layers(self) -> None:
         """See `fused.fuse`; the model must be built."""
-        fused.fuse(layers_of(self.model), on_cpu=self.is_on_cpu)
+        fused.fuse(layers_of(self.model), on_cpu=self.is_on("CPU"))
 
     def spread_seeds(self) -> None:
         """See `random_state.spread_seeds`."""
@@ -330,11 +333,18 @@ class Steps:
         statistics = self._statistics_to_settle()
         before = [tf.identity(variable) for variable in statistics]
         skipped_before = tf.convert_to_tensor(self.optimizer.skipped_updates)
-        with self.optimizer.micro_step_weight(batch.normalizer):
+        with (
+            self.optimizer.micro_step_weight(batch.normalizer),
+            fused.kernels(),
+        ):
             self.train_step(batch)
         if statistics:
             skipped = tf.convert_to_tensor(self.optimizer.skipped_updates)
             _settle(statistics, before, batch, skipped > skipped_before)
+
+    def _test_replica(self, batch: Batch) -> None:
+        with fused.kernels():
+            self.test_step(batch)
 
     def _statistics_to_settle(self) -> list[keras.Variable]:
         """None on one device that skips nothing: they are right as they are."""
@@ -553,6 +563,9 @@ def _row_of_zeros(empty: tf.Tensor) -> tf.Tensor:
 
 
 def _first_rows(prediction: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
+    has_examples = prediction.shape.rank != 0 and prediction.shape[0] is None
+    if not has_examples:
+        return prediction
     first = prediction[:rows]
     mask = getattr(prediction, "_keras_mask", None)
     if mask is not None:

@@ -427,7 +427,7 @@ class Trainer(Steps):
     def _warn_of_odd_sizes(self) -> None:
         """Tensor cores want sizes that are multiples of 8."""
         odd = optimizer_lib.odd_sizes(self.model)
-        if odd and not self.is_on_cpu:
+        if odd and self.is_on("GPU"):
             _log.warning(
                 "tensor cores are slow, or idle, where the units or filters "
                 "of a layer in half precision are no multiple of 8: %s",

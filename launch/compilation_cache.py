@@ -29,16 +29,17 @@ def enable(folder: str, root: pathlib.Path = pathlib.Path("/")) -> None:
 
 def _kind(root: pathlib.Path) -> str:
     """Stands for TensorFlow's version, the processor, driver and GPUs."""
-    facts = [metadata.version("tensorflow")]
-    processor = (root / "proc/cpuinfo").read_text().splitlines()
-    names = ("model name", "flags", "Features")
-    facts += sorted({line for line in processor if line.startswith(names)})
+    facts = [
+        f"{name} {metadata.version(name)}"
+        for name in metadata.packages_distributions()["tensorflow"]
+    ]
+    names = ("model name", "flags", "Features", "NVRM", "Model")
     nvidia = root / "proc/driver/nvidia"
-    for file in (nvidia / "version", *nvidia.glob("gpus/*/information")):
-        if file.exists():
-            facts += [
-                line
-                for line in file.read_text().splitlines()
-                if line.startswith(("NVRM", "Model"))
-            ]
+    for file in (
+        root / "proc/cpuinfo",
+        nvidia / "version",
+        *nvidia.glob("gpus/*/information"),
+    ):
+        lines = file.read_text().splitlines() if file.exists() else []
+        facts += sorted({line for line in lines if line.startswith(names)})
     return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]

@@ -143,7 +143,8 @@ class TrainConfig:
     compilation_cache: str | None = flag(
         None,
         "Folder where XLA keeps what it compiled; the next start takes it "
-        "from there. Needs --jit_compile.",
+        "from there. Needs --jit_compile; hides the lines that TensorFlow's "
+        "C++ side logs.",
     )
 
     global_batch_size: int = flag(
@@ -430,7 +431,7 @@ class TrainConfig:
             _contradict(
                 "compilation_cache",
                 "--nojit_compile",
-                "XLA compiles nothing then; pass --jit_compile",
+                "there is next to nothing to keep then; pass --jit_compile",
             )
         if self.jit_compile and self.precision.startswith("graph_"):
             _contradict(

@@ -1,5 +1,6 @@
 """Trainer.fit and evaluate: the outer loop, callbacks, errors."""
 
+import re
 import sys
 
 import keras
@@ -34,25 +35,36 @@ def test_steps_per_loop_changes_nothing_but_the_calls(steps_per_loop):
     support.assert_close(trained.weights, expected.weights)
 
 
-@pytest.mark.parametrize("is_on_cpu", [False, True])
-def test_sizes_that_tensor_cores_dislike_are_named(is_on_cpu, caplog):
-    def make_model():
-        dense = keras.layers.Dense
-        layers = [dense(13, name="odd"), dense(16, name="even")]
-        logits = dense(support.NUM_CLASSES, dtype="float32", name="logits")
-        return keras.Sequential(
-            [keras.Input((support.NUM_FEATURES,)), *layers, logits]
-        )
+def _make_odd():
+    layers = keras.layers
+    logits = layers.Dense(support.NUM_CLASSES, dtype="float32", name="logits")
+    return keras.Sequential(
+        [
+            keras.Input((support.NUM_FEATURES,)),
+            layers.Reshape((1, 2, 3)),
+            layers.Conv2D(16, 1, name="even"),
+            layers.DepthwiseConv2D(1, name="depthwise"),
+            layers.Conv2DTranspose(12, 1, name="odd_filters"),
+            layers.Flatten(),
+            layers.Dense(13, name="odd_units"),
+            layers.Dense(8, name="even_units"),
+            logits,
+        ]
+    )
 
-    trainer = support.make_trainer(make_model, precision="mixed_bfloat16")
-    trainer.is_on_cpu = is_on_cpu  # there is no other device here
+
+@pytest.mark.parametrize("kind", ["CPU", "GPU"])
+def test_sizes_that_tensor_cores_dislike_are_named(kind, caplog, monkeypatch):
+    trainer = support.make_trainer(_make_odd, precision="mixed_bfloat16")
+    monkeypatch.setattr(trainer, "is_on", lambda other: other == kind)
     trainer.build(support.make_dataset())
     named = [r.message for r in caplog.records if "multiple of 8" in r.message]
-    if is_on_cpu:
+    if kind == "CPU":
         assert named == []
     else:
         (message,) = named
-        assert message.endswith("odd (13)")
+        sizes = re.findall(r"(\w+) \((\d+)\)", message)
+        assert sizes == [("odd_filters", "12"), ("odd_units", "13")]
 
 
 def test_callbacks_hear_of_the_end_of_each_call():

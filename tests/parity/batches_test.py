@@ -93,6 +93,28 @@ def test_images_of_which_some_replicas_get_none(num_replicas, jit_compile):
     np.testing.assert_allclose(results["loss"], expected, rtol=1e-5)
 
 
+class _WithScalar(keras.Model):
+    """Returns a number that belongs to no example, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.dense = keras.layers.Dense(support.NUM_CLASSES)
+
+    def call(self, x):
+        logits = self.dense(x)
+        return {"logits": logits, "norm": keras.ops.sum(self.dense.kernel)}
+
+
+def test_outputs_without_examples_where_a_replica_gets_none():
+    x, y = support.make_arrays(support.GLOBAL_BATCH + 1)
+    trainer = support.make_trainer(
+        _WithScalar, num_replicas=2, loss={"logits": support.make_loss()}
+    )
+    dataset = support.batched((x, {"logits": y}))
+    history = trainer.fit(dataset, epochs=1, verbose=0).history
+    assert np.isfinite(history["loss"]).all()
+
+
 def _weighted_arrays(num_examples=21):
     """Weights with zeros, a whole last batch of small ones among them."""
     x, y = support.make_arrays(num_examples)
