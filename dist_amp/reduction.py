@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 
 import tensorflow as tf
 
+from dist_amp import strategy as strategy_lib
+
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
 
 # Below it an operation takes longer to start than to run, and what is copied
@@ -82,9 +84,10 @@ def num_bytes(gradient: Gradient) -> float:
 
 
 def bytes_per_pack(gradients: Sequence[Gradient]) -> int:
-    """How much a collective should send at once of these."""
-    sizes = [num_bytes(g) for g in gradients]
-    total = sum(size for size in sizes if size < float("inf"))
+    """How much a collective should send at once of these; 0 for all."""
+    total = sum(num_bytes(g) for g in gradients)
+    if total == float("inf"):
+        return 0
     wanted = int(total) // _PACKS
     return min(max(wanted, _MIN_BYTES_PER_PACK), _MAX_BYTES_PER_PACK)
 
@@ -94,9 +97,9 @@ def all_reduce_sum(
 ) -> list[Gradient]:
     """Sums each gradient over all replicas; call it in a replica context.
 
-    Sparse gradients stay sparse: the slices of all replicas are put together
-    and rows with the same index are added up, so that a later square or clip
-    sees each row once.
+    Sparse gradients stay sparse on one worker: the slices of all replicas are
+    put together and rows with the same index are added up, so that a later
+    square or clip sees each row once.
 
     Args:
         gradients: One per variable: tensors of the variable's shape, or
@@ -111,7 +114,7 @@ def all_reduce_sum(
     context = tf.distribute.get_replica_context()
     summed = list(gradients)
     if context.num_replicas_in_sync > 1:
-        sent = [_cast(g, wire_dtype) for g in summed]
+        sent = [_cast(g, wire_dtype) for g in _for_collectives(summed)]
         # TensorFlow would join tensors of several dtypes in one pack.
         for dtype in dict.fromkeys(g.dtype for g in sent):
             chosen = [i for i, g in enumerate(sent) if g.dtype == dtype]
@@ -130,6 +133,17 @@ def all_reduce_sum(
         else gradient
         for gradient in summed
     ]
+
+
+def _for_collectives(gradients: Sequence[Gradient]) -> list[Gradient]:
+    """Dense where several workers sum: collectives want the same shape always.
+
+    TensorFlow 2.21 gathers slices by collectives that fail as soon as their
+    number is not that of the first step, as in a smaller last batch.
+    """
+    if strategy_lib.num_workers(tf.distribute.get_strategy()) == 1:
+        return list(gradients)
+    return [tf.convert_to_tensor(gradient) for gradient in gradients]
 
 
 def _cast(gradient: Gradient, dtype: Any) -> Gradient:

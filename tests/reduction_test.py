@@ -82,6 +82,8 @@ def test_collectives_send_several_packs_of_a_large_model():
     assert reduction.bytes_per_pack([mib] * 2) == 4 * 2**20
     assert reduction.bytes_per_pack([mib] * 40) == 10 * 2**20
     assert reduction.bytes_per_pack([mib] * 1000) == 32 * 2**20
+    slices = tf.IndexedSlices(mib[None], [0], tf.constant([1, 2**18]))
+    assert reduction.bytes_per_pack([mib, slices]) == 0
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed_float16"])

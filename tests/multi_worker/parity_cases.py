@@ -97,6 +97,15 @@ def tokens():
     return support.batched((x.astype("int32"), y))
 
 
+def fewer_tokens():
+    """A last batch of 4, then of 2: as many on each worker, but not always."""
+    all_batches = tokens()
+    last = all_batches.skip(NUM_EXAMPLES // support.GLOBAL_BATCH)
+    smaller = last.unbatch().take(2).batch(2)
+    four = all_batches.take(1).unbatch().take(4).batch(4)
+    return all_batches.take(2).concatenate(four).concatenate(smaller)
+
+
 def poisoned(row):
     """An input of the second batch is infinite in float16."""
 
@@ -186,6 +195,7 @@ CASES = {
         make_embedding,
         lambda: support.make_sgd(0.5, clipnorm=0.05),
     ),
+    "embedding, fewer tokens": Case(fewer_tokens, make_embedding),
     "accumulation": Case(
         small_batches,
         make_optimizer=lambda: make_adam(gradient_accumulation_steps=2),
