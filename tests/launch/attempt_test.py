@@ -102,7 +102,20 @@ def test_lines_are_shown_with_the_worker_and_kept_in_its_log(tmp_path):
 
 
 def test_a_failure_ends_the_others(tmp_path):
-    found, _, errors = run(tmp_path, BEATING + FOR_EVER, FAILS)
+    beats_twice = BEATING + textwrap.dedent("""
+        def read(beats=[]):
+            if beats:
+                open("has beaten", "w").close()
+            beats.append(Beat("in the step, at step 7"))
+            return beats[0]
+        heart.read = read
+        """)
+    waits = textwrap.dedent("""
+        import os, time
+        while not os.path.exists("has beaten"):
+            time.sleep(0.05)
+        """)
+    found, _, errors = run(tmp_path, beats_twice + FOR_EVER, waits + FAILS)
     assert found["statuses"] == [-signal.SIGTERM, 3]
     assert found["first"] == 1
     assert found["places"][0] == "in the step, at step 7"
