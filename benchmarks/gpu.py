@@ -35,6 +35,8 @@ _PEAKS = {
     "V100": (15.7e12, 15.7e12, 125e12),  # no bfloat16
     "T4": (8.1e12, 8.1e12, 65e12),
 }
+_WHOLE, _TINY = ("resnet50", "gpt2"), ("tiny_resnet", "tiny_gpt")
+_PRECISIONS = ["float32_no_tf32", "float32", "mixed_float16", "mixed_bfloat16"]
 _XLA = {"compiles": True}
 CONTENDERS = (
     Contender(OURS, "dist_amp_fit"),
@@ -80,9 +82,7 @@ def table(results: dict[str, Result], setting: Setting, gpu: str | None) -> str:
 
 def settings(arguments: argparse.Namespace, records: str) -> Iterator[Setting]:
     """All combinations that are asked for."""
-    images, text = ("tiny_resnet", "tiny_gpt")
-    if not arguments.tiny:
-        images, text = ("resnet50", "gpt2")
+    images, text = _TINY if arguments.tiny else _WHOLE
     base = Setting(images, steps=arguments.steps)
     wanted = {
         "images": base,
@@ -106,10 +106,10 @@ def main() -> int:
     gpu, rows = next(iter(host.gpus_of_the_driver()), None), []
     print(f"{report.heading()}GPU: {gpu or 'none'}\n")
     with tempfile.TemporaryDirectory() as directory:
-        if "records" in arguments.inputs:
-            name = "tiny_resnet" if arguments.tiny else "resnet50"
+        wanted = list(settings(arguments, directory))
+        for name in {s.workload for s in wanted if s.records}:
             _write_records(name, directory)
-        for setting in settings(arguments, directory):
+        for setting in wanted:
             able = [
                 c
                 for c in contenders
@@ -127,12 +127,8 @@ def main() -> int:
 
 def _write_records(name: str, directory: str) -> None:
     """In a process of its own: TensorFlow would take the GPU's memory."""
-    code = (
-        "import pathlib, sys; from benchmarks import records, workloads; "
-        "records.write(workloads.WORKLOADS[sys.argv[1]], "
-        "pathlib.Path(sys.argv[2]))"
-    )
-    subprocess.run([sys.executable, "-c", code, name, directory], check=True)
+    command = [sys.executable, "-m", "benchmarks.records", name, directory]
+    subprocess.run(command, check=True)
 
 
 def _details(setting: Setting) -> str:
@@ -147,12 +143,9 @@ def _read_arguments() -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     names = [contender.name for contender in CONTENDERS]
-    precisions = ["float32_no_tf32", "float32", "mixed_float16"]
-    precisions.append("mixed_bfloat16")
-    inputs = ["images", "records", "text"]
     for flag, choices in (
-        ("--inputs", inputs),
-        ("--precisions", precisions),
+        ("--inputs", ["images", "records", "text"]),
+        ("--precisions", _PRECISIONS),
         ("--contenders", names),
     ):
         parser.add_argument(flag, nargs="+", choices=choices, default=choices)

@@ -1,11 +1,15 @@
-"""Images as JPEG in TFRecord files, as ImageNet is kept."""
+"""Images as JPEG in TFRecord files, as ImageNet is kept.
+
+python -m benchmarks.records resnet50 FOLDER
+"""
 
 import pathlib
+import sys
 
 import numpy as np
 import tensorflow as tf
 
-from benchmarks.workloads import ResNet, Workload
+from benchmarks.workloads import WORKLOADS, ResNet, Workload
 
 _FILES = 8
 _FEATURES = {
@@ -74,3 +78,7 @@ def read(work: Workload, directory: str) -> tf.data.Dataset:
         .batch(work.batch_size, drop_remainder=True)
         .prefetch(tf.data.AUTOTUNE)
     )
+
+
+if __name__ == "__main__":
+    write(WORKLOADS[sys.argv[1]], pathlib.Path(sys.argv[2]))

@@ -111,28 +111,35 @@ def all_reduce_sum(
     Returns:
         The sums, in the same order and dtypes, equal on every replica.
     """
-    context = tf.distribute.get_replica_context()
     summed = list(gradients)
-    if context.num_replicas_in_sync > 1:
+    if tf.distribute.get_replica_context().num_replicas_in_sync > 1:
         sent = [_cast(g, wire_dtype) for g in _for_collectives(summed)]
-        # TensorFlow would join tensors of several dtypes in one pack.
-        for dtype in dict.fromkeys(g.dtype for g in sent):
-            chosen = [i for i, g in enumerate(sent) if g.dtype == dtype]
-            received = context.all_reduce(
-                tf.distribute.ReduceOp.SUM,
-                [sent[i] for i in chosen],
-                options=tf.distribute.experimental.CommunicationOptions(
-                    bytes_per_pack=bytes_per_pack([sent[i] for i in chosen])
-                ),
-            )
-            for i, total in zip(chosen, received, strict=True):
-                summed[i] = _cast(total, summed[i].dtype)
+        summed = [
+            _cast(total, own.dtype)
+            for total, own in zip(_all_reduce(sent), summed, strict=True)
+        ]
     return [
         _add_up_rows(gradient)
         if isinstance(gradient, tf.IndexedSlices)
         else gradient
         for gradient in summed
     ]
+
+
+def _all_reduce(gradients: list[Gradient]) -> list[Gradient]:
+    """A dtype at a time: TensorFlow would join several in one pack."""
+    totals: dict[int, Gradient] = {}
+    for dtype in dict.fromkeys(g.dtype for g in gradients):
+        sent = {i: g for i, g in enumerate(gradients) if g.dtype == dtype}
+        received = tf.distribute.get_replica_context().all_reduce(
+            tf.distribute.ReduceOp.SUM,
+            list(sent.values()),
+            options=tf.distribute.experimental.CommunicationOptions(
+                bytes_per_pack=bytes_per_pack(list(sent.values()))
+            ),
+        )
+        totals.update(zip(sent, received, strict=True))
+    return [totals[i] for i in range(len(gradients))]
 
 
 def _for_collectives(gradients: Sequence[Gradient]) -> list[Gradient]:

@@ -140,13 +140,12 @@ class Steps:
         process (TensorFlow 2.21), so the model is given a row of zeros then.
         """
         is_compiled = self.jit_compile and training  # without oneDNN
-        can_be_empty = (
-            self.is_on("CPU")
-            and self.strategy.num_replicas_in_sync > 1
-            and batch.weight.shape[0] is None
+        is_guarded = (
+            _may_be_empty(batch)
+            and self.is_on("CPU")
             and not is_synchronized(self.model)  # which counts all rows
         )
-        if is_compiled or not can_be_empty:
+        if is_compiled or not is_guarded:
             return self.model(batch.x, training=training)
         rows = tf.shape(batch.weight)[0]
         x = tf.cond(
@@ -577,10 +576,15 @@ def _num_rows(batch: Batch) -> tf.Tensor:
     return tf.cast(tf.shape(batch.weight)[0], tf.float32)
 
 
+def _may_be_empty(batch: Batch) -> bool:
+    """Whether a replica may get no example of a global batch."""
+    replicas = tf.distribute.get_strategy().num_replicas_in_sync
+    return replicas > 1 and batch.weight.shape[0] is None
+
+
 def _zero_if_empty(gradients: list[Any], batch: Batch) -> list[Any]:
     """No example, no gradient: a mean over nothing may have made it NaN."""
-    replicas = tf.distribute.get_strategy().num_replicas_in_sync
-    if replicas == 1 or batch.weight.shape[0] is not None:
+    if not _may_be_empty(batch):
         return gradients
     present = [gradient for gradient in gradients if gradient is not None]
     guarded = iter(

@@ -50,6 +50,11 @@ heart = Heart()
 heart.read = lambda: Beat("in the step, at step 7")
 """
 FOR_EVER = "\nwith heart.beating():\n    threading.Event().wait()\n"
+WAITS = """
+import os, time
+while not os.path.exists("{}"):
+    time.sleep(0.05)
+"""
 FAILS = "import sys; print('oh', file=sys.stderr); sys.exit(3)"
 
 
@@ -110,12 +115,8 @@ def test_a_failure_ends_the_others(tmp_path):
             return beats[0]
         heart.read = read
         """)
-    waits = textwrap.dedent("""
-        import os, time
-        while not os.path.exists("has beaten"):
-            time.sleep(0.05)
-        """)
-    found, _, errors = run(tmp_path, beats_twice + FOR_EVER, waits + FAILS)
+    fails = WAITS.format("has beaten") + FAILS
+    found, _, errors = run(tmp_path, beats_twice + FOR_EVER, fails)
     assert found["statuses"] == [-signal.SIGTERM, 3]
     assert found["first"] == 1
     assert found["places"][0] == "in the step, at step 7"
@@ -132,12 +133,7 @@ def test_one_that_stays_shows_its_stacks_and_is_killed(tmp_path):
             threading.Event().wait()
         stay_here()
         """)
-    waits = textwrap.dedent("""
-        import os, time
-        while not os.path.exists("is deaf"):
-            time.sleep(0.05)
-        """)
-    fails = waits + FAILS
+    fails = WAITS.format("is deaf") + FAILS
     found, _, errors = run(tmp_path, stubborn, fails)
     assert found["statuses"] == [-signal.SIGKILL, 3]
     assert found["first"] == 1
