@@ -9,7 +9,9 @@ a replica that gets no example at all adds zero.
 
 import contextlib
 import fcntl
+import functools
 import importlib
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,6 +45,9 @@ class Batch(NamedTuple):
             every replica.
         normalizer: What the shares were divided by, scalar float32, the same
             on every replica: the examples or the sum of their weights.
+        num_examples: Where slices are padded to one size, on TPUs, how many
+            rows of this one are examples, scalar float32; the rows behind
+            them are copies of weight 0. None: all are.
     """
 
     x: Any
@@ -50,6 +55,7 @@ class Batch(NamedTuple):
     weight: tf.Tensor
     global_size: tf.Tensor
     normalizer: tf.Tensor
+    num_examples: tf.Tensor | None = None
 
 
 def split(
@@ -61,6 +67,7 @@ def split(
     reduction: str = "sum_over_batch_size",
     class_weight: Mapping[int, float] | None = None,
     is_stacked: bool = False,
+    pad_to: int | None = None,
 ) -> tf.data.Dataset:
     """Cuts each global batch into the slices of this host's replicas.
 
@@ -78,6 +85,8 @@ def split(
             The targets are class indices, or one-hot rows.
         is_stacked: Whether an element holds several batches of one size, each
             leaf `[num_batches, global_batch, ...]`; slices do so, too.
+        pad_to: Rows that every slice is made to have, for devices that
+            compile for one shape; not with `is_stacked`.
 
     Returns:
         A dataset of tuples of `Batch`, one for each local replica.
@@ -116,13 +125,19 @@ def split(
                 normalizer, [*tf.unstack(batches, axis), *ones]
             )
             weight = tf.math.divide_no_nan(weight, divisor)
-        slices = (
-            _rows_of_replica((x, y, weight), size, replica, num_replicas, axis)
-            for replica in range(first_replica, first_replica + count)
-        )
+        replicas = range(first_replica, first_replica + count)
+        if pad_to is None:
+            slices = [
+                _rows_of_replica((x, y, weight), size, i, num_replicas, axis)
+                for i in replicas
+            ]
+        else:
+            slices = _padded_slices(
+                (x, y, weight), size, replicas, num_replicas, pad_to
+            )
         return tuple(
-            Batch(x, y, weight, global_size, normalizer)
-            for x, y, weight in slices
+            Batch(x, y, weight, global_size, normalizer, *num_examples)
+            for x, y, weight, *num_examples in slices
         )
 
     return dataset.map(
@@ -349,6 +364,81 @@ def _rows_of_replica(
     return tf.nest.map_structure(
         lambda leaf: None if leaf is None else leaf[rows], tensors
     )
+
+
+def _padded_slices(
+    tensors: Any,
+    size: tf.Tensor | int,
+    replicas: Sequence[int],
+    num_replicas: int,
+    rows: int,
+) -> list[tuple[Any, Any, tf.Tensor, tf.Tensor]]:
+    """Slices of one size, with the number of examples in each.
+
+    A full batch is cut as it is. Of a smaller one each replica repeats its
+    own examples, with weight 0: rows of any other kind might make NaN.
+    """
+    check = tf.debugging.assert_less_equal(
+        size,
+        rows * num_replicas,
+        "the batches of a dataset for a TPU must not be larger than the first.",
+    )
+    with tf.control_dependencies([check] if check is not None else []):
+        size = tf.identity(size)
+    starts = [i * size // num_replicas for i in (*replicas, replicas[-1] + 1)]
+    numbers = [b - a for a, b in itertools.pairwise(starts)]
+
+    def whole() -> list[Any]:
+        return [_first_rows(tensors, start, rows) for start in starts[:-1]]
+
+    def repeated() -> list[Any]:
+        return [
+            _repeated_rows(tensors, start, number, rows)
+            for start, number in zip(starts, numbers, strict=False)
+        ]
+
+    slices = tf.cond(tf.equal(size, rows * num_replicas), whole, repeated)
+    return [
+        (*slice_, tf.cast(number, tf.float32))
+        for slice_, number in zip(slices, numbers, strict=True)
+    ]
+
+
+def _first_rows(tensors: Any, start: Any, rows: int) -> Any:
+    def cut(leaf: tf.Tensor | None) -> tf.Tensor | None:
+        if leaf is None:
+            return None
+        return tf.ensure_shape(
+            leaf[start : start + rows], [rows, *leaf.shape[1:]]
+        )
+
+    return tf.nest.map_structure(cut, tensors)
+
+
+def _repeated_rows(tensors: Any, start: Any, number: Any, rows: int) -> Any:
+    """`number` rows from `start` again and again; the copies weigh nothing."""
+    x, y, weight = tensors
+    place = tf.range(rows)
+    last = tf.shape(weight)[0] - 1  # of a replica that has no example
+    index = tf.minimum(start + place % tf.maximum(number, 1), last)
+    x, y, weight = tf.nest.map_structure(
+        lambda leaf: None if leaf is None else tf.gather(leaf, index),
+        (x, y, weight),
+    )
+    is_example = tf.cast(place < number, tf.float32)
+    ones = [1] * (weight.shape.rank - 1)
+    return x, y, weight * tf.reshape(is_example, [rows, *ones])
+
+
+def one_by_one(slices: tf.data.Dataset) -> tf.data.Dataset:
+    """The slices of `split`, all of one size, each an element of its own."""
+
+    @tf.autograph.experimental.do_not_convert
+    def elements(*batches: Batch) -> tf.data.Dataset:
+        datasets = [tf.data.Dataset.from_tensors(batch) for batch in batches]
+        return functools.reduce(tf.data.Dataset.concatenate, datasets)
+
+    return slices.flat_map(elements)
 
 
 def _class_table(class_weight: Mapping[int, float] | None) -> tf.Tensor | None:

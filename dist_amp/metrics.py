@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import keras
 import tensorflow as tf
 
+from dist_amp import padding
 from dist_amp import strategy as strategy_lib
 from dist_amp.data import Batch
 from dist_amp.pace import COUNTS
@@ -121,8 +122,12 @@ class MetricSet:
             predictions: What the model returned.
         """
         self._totals.update_state(batch, loss)
+        rows = padding.weights_of_rows(batch)
+        weights = {} if rows is None else {"sample_weight": rows}
         for key, metric in self._metrics:
-            metric.update_state(_pick(batch.y, key), _pick(predictions, key))
+            metric.update_state(
+                _pick(batch.y, key), _pick(predictions, key), **weights
+            )
 
     @tf.autograph.experimental.do_not_convert
     def results(self) -> dict[str, tf.Tensor]:
@@ -176,7 +181,10 @@ class _Totals(keras.metrics.Metric):
         )
 
     def update_state(self, batch: Batch, loss: tf.Tensor) -> None:
-        size = tf.cast(tf.shape(tf.nest.flatten(batch.x)[0])[0], tf.float32)
+        size = batch.num_examples
+        if size is None:
+            rows = tf.shape(tf.nest.flatten(batch.x)[0])[0]
+            size = tf.cast(rows, tf.float32)
         # A NaN in the sum; looking at each number would take twice as long.
         sums = [
             tf.reduce_sum(tf.cast(leaf, tf.float32))

@@ -15,7 +15,8 @@ This is the one file that touches private names of Keras and TensorFlow
 
 import contextlib
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+import types
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -39,6 +40,9 @@ _PRIVATE_NAMES = {
     "keras 3.15, Layer": {
         "_flatten_layers": "layers at any depth, inside custom layers too",
         "_non_trainable_variables": "a layer's own, made non-trainable",
+    },
+    "keras 3.15, BatchNormalization": {
+        "_moments": "statistics of a batch, of which some rows do not count",
     },
     "tensorflow 2.21, StrategyExtended": {
         "_use_merge_call": "False: `update` touches this replica's copy only",
@@ -696,6 +700,28 @@ def is_synchronized(model: keras.Model) -> bool:
     return any(
         getattr(layer, "synchronized", False) for layer in layers_of(model)
     )
+
+
+def set_moments(
+    layer: keras.layers.BatchNormalization, function: Callable[..., Any]
+) -> None:
+    """Has a layer take its batch statistics by another function.
+
+    Args:
+        layer: Changed for good; it is saved as before.
+        function: From `(layer, inputs, mask)`, inputs in float32, to `(mean,
+            variance)` of shape `[channels]`; or to None where Keras' own are
+            wanted.
+    """
+    usual = type(layer)._moments
+
+    def moments(
+        layer: keras.layers.BatchNormalization, inputs: Any, mask: Any
+    ) -> Any:
+        found = function(layer, inputs, mask)
+        return usual(layer, inputs, mask) if found is None else found
+
+    layer._moments = types.MethodType(moments, layer)
 
 
 def generator_states(model: keras.Model) -> list[tf.Variable]:

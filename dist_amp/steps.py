@@ -9,7 +9,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_amp import fused, random_state, reduction, stopwatch
+from dist_amp import fused, padding, random_state, reduction, stopwatch
 from dist_amp import strategy as strategy_lib
 from dist_amp.data import Batch
 from dist_amp.metrics import MetricSet, MetricsLike
@@ -261,6 +261,17 @@ class Steps:
         Args:
             step: Runs in a replica.
         """
+        is_alone = strategy_lib.num_workers(self.strategy) == 1
+
+        @_as_it_is
+        def value_of(batch: Any) -> Any:
+            if is_alone:
+                return batch.get_value()
+            return tf.cond(
+                batch.has_value(),
+                batch.get_value,
+                lambda: no_examples(batch.element_spec),
+            )
 
         @tf.function
         def lockstep(iterator: Any) -> tuple[tf.Tensor, tf.Tensor]:
@@ -268,18 +279,15 @@ class Steps:
             has_batch = batch.has_value()
             has_run = self._is_any(has_batch)
             if has_run:
-                slices = tf.cond(
-                    has_batch,
-                    batch.get_value,
-                    lambda: no_examples(batch.element_spec),
-                )
-                self._run(step, slices)
+                self._run(step, value_of(batch))
             return has_run, has_batch
 
         return lockstep
 
     def _is_any(self, flag: tf.Tensor) -> tf.Tensor:
         """Whether the flag is set on any worker; all must call it."""
+        if strategy_lib.num_workers(self.strategy) == 1:
+            return flag
 
         def in_replica() -> tf.Tensor:
             context = tf.distribute.get_replica_context()
@@ -307,9 +315,12 @@ class Steps:
         devices = self.strategy.extended.worker_devices
         return any(kind in device for device in devices)
 
-    def fuse_layers(self) -> None:
-        """See `fused.fuse`; the model must be built."""
-        fused.fuse(layers_of(self.model), on_cpu=self.is_on("CPU"))
+    def prepare_layers(self) -> None:
+        """See `fused.fuse` and `padding.heed`; the model must be built."""
+        if self.is_on("TPU"):  # where XLA fuses all by itself
+            padding.heed(layers_of(self.model))
+        else:
+            fused.fuse(layers_of(self.model), on_cpu=self.is_on("CPU"))
 
     def spread_seeds(self) -> None:
         """See `random_state.spread_seeds`."""
@@ -335,6 +346,7 @@ class Steps:
         with (
             self.optimizer.micro_step_weight(batch.normalizer),
             fused.kernels(),
+            padding.heeded(batch),
         ):
             self.train_step(batch)
         if statistics:
@@ -353,9 +365,12 @@ class Steps:
         return moving_statistics(self.model)
 
     def _run_on_replicas(
-        self, step: Callable[[Batch], None], slices: tuple[Batch, ...]
+        self, step: Callable[[Batch], None], slices: Batch | tuple[Batch, ...]
     ) -> None:
         """Runs a step on each replica's slice."""
+        if isinstance(slices, Batch):  # of per-replica values
+            self.strategy.run(step, args=(slices,))
+            return
         if len(slices) == 1:
             self.strategy.run(step, args=(slices[0],))
             return
@@ -523,6 +538,9 @@ def _weighted_sum(
     counts = weight
     if reduction_of_loss != "mean_with_sample_weight":
         counts = 1.0 / batch.global_size
+        rows = padding.weights_of_rows(batch)
+        if rows is not None:
+            counts *= _with_rank_of(values, rows)
     valid = _sum_of_means(
         tf.cast(mask, tf.float32) * counts * tf.ones_like(values)
     )
@@ -573,6 +591,9 @@ def _first_rows(prediction: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
 
 
 def _num_rows(batch: Batch) -> tf.Tensor:
+    """Examples in the slice."""
+    if batch.num_examples is not None:
+        return batch.num_examples
     return tf.cast(tf.shape(batch.weight)[0], tf.float32)
 
 

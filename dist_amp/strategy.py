@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from dist_amp import cluster as cluster_lib
 from dist_amp import coordination, rendezvous
+from dist_amp import tpu as tpu_lib
 from dist_amp.cluster import Timeouts
 
 KINDS = ("auto", "one_device", "mirrored", "multi_worker", "tpu")
@@ -36,6 +37,8 @@ def make_strategy(
     all_reduce: str = "auto",
     cluster: cluster_lib.ClusterSpec | None = None,
     tpu: str | None = None,
+    tpu_zone: str | None = None,
+    tpu_project: str | None = None,
     timeouts: Timeouts | None = None,
     facts: Mapping[str, str] | None = None,
 ) -> tf.distribute.Strategy:
@@ -52,7 +55,9 @@ def make_strategy(
             or "auto": what TensorFlow prefers on GPUs, "one_device" on CPUs.
         cluster: The workers of the job; `cluster.find()` by default.
         tpu: Name or `grpc://` address of a Cloud TPU, or "local" on a TPU VM.
-        timeouts: How long workers wait for each other.
+        tpu_zone: Of a named TPU; on a machine of Google's, its own by default.
+        tpu_project: Of a named TPU; likewise.
+        timeouts: How long workers wait for each other, or for a TPU.
         facts: What must be the same on all workers, say the settings by
             name; versions and the code of this library are compared anyway.
 
@@ -64,6 +69,8 @@ def make_strategy(
             devices that this host does not have. Never falls back to a CPU.
         RendezvousError: A worker does not come, or they do not agree; a
             `ValueError` that says who and in what.
+        CloudTpuError: A TPU is not there or cannot be used; a `ValueError`
+            that says what to try.
 
     Example:
     >>> strategy = dist_amp.make_strategy("one_device")
@@ -71,6 +78,7 @@ def make_strategy(
     1
     """
     _check_arguments(kind, devices, all_reduce, tpu)
+    _check_place_of_tpu(kind, tpu, tpu_zone=tpu_zone, tpu_project=tpu_project)
     if cluster is not None and kind not in ("auto", "multi_worker"):
         raise ValueError(
             f"`cluster` needs `kind='multi_worker'`. Received kind={kind!r}."
@@ -78,7 +86,12 @@ def make_strategy(
     if kind in ("auto", "multi_worker"):
         cluster = cluster or cluster_lib.find()
     if kind == "tpu" or tpu:
-        return _tpu_strategy(tpu or "local")
+        return tpu_lib.connect(
+            tpu or tpu_lib.LOCAL,
+            zone=tpu_zone,
+            project=tpu_project,
+            timeout=(timeouts or Timeouts()).startup,
+        )
     if kind == "multi_worker" or cluster:
         # First of all: nothing may have touched a device before it.
         return _multi_worker_strategy(
@@ -300,11 +313,27 @@ def _check_arguments(
             "`devices` cannot be chosen on a TPU: all its cores are used. "
             f"Received {list(devices)} (--devices)."
         )
+    if all_reduce != "auto" and (kind == "tpu" or tpu):
+        raise ValueError(
+            f"`all_reduce={all_reduce}` would be ignored on a TPU, whose "
+            "compiler decides; leave it at 'auto' (--all_reduce)."
+        )
     if kind == "one_device" and devices is not None and len(devices) != 1:
         raise ValueError(
             "`kind='one_device'` takes one device. Received "
             f"{list(devices)}; pass kind='mirrored' (--strategy=mirrored)."
         )
+
+
+def _check_place_of_tpu(
+    kind: str, tpu: str | None, **place: str | None
+) -> None:
+    for name, value in place.items():
+        if value is not None and kind != "tpu" and tpu is None:
+            raise ValueError(
+                f"`{name}` needs a TPU. Received {value!r} with kind={kind!r}; "
+                f"pass `tpu` (--tpu, --{name})."
+            )
 
 
 def _names(kind: str) -> list[str]:
@@ -419,14 +448,6 @@ def own_facts() -> dict[str, str]:
         "Keras": keras.__version__,
         "NumPy": np.__version__,
     }
-
-
-def _tpu_strategy(tpu: str) -> tf.distribute.Strategy:
-    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=tpu)
-    if tpu != "local":
-        tf.config.experimental_connect_to_cluster(resolver)
-    tf.tpu.experimental.initialize_tpu_system(resolver)
-    return tf.distribute.TPUStrategy(resolver)
 
 
 def _cross_device_ops(

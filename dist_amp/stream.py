@@ -1,8 +1,8 @@
 """Training batches without end, and where in them training is."""
 
 import logging
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeAlias
 
 import tensorflow as tf
 
@@ -49,6 +49,21 @@ def stacks_of(
     if batches_per_step > 1 or not isinstance(dataset, ArrayBatches):
         return None
     return dataset if dataset.stack_size > 1 else None
+
+
+class Feed(Protocol):
+    """From global batches to what is fed."""
+
+    def stacks(self, batches_per_step: int = 1) -> ArrayBatches | None:
+        """The data, if several batches at a time are to be taken of it."""
+
+    def split(
+        self, batches: tf.data.Dataset, *, is_stacked: bool = False
+    ) -> tf.data.Dataset:
+        """What a loop takes of batches, or of stacks of batches."""
+
+    def open(self, make: Callable[[], tf.data.Dataset]) -> Iterable[Any]:
+        """What a loop takes of the batches that `make` returns."""
 
 
 def counts_of(iterator: Any) -> Counts | None:
@@ -128,8 +143,7 @@ class Stream:
 
     Args:
         dataset: Global batches, or a function of the pass that returns them.
-        transform: From global batches to what is fed, say `split`, which is
-            told `is_stacked`: whether they come in stacks.
+        feed: Makes of them what the loops take; see `Feed`.
         batches_per_step: Batches that one update takes.
         steps_per_epoch: Updates in an epoch; by default one pass over the
             dataset, whose last update may take fewer batches.
@@ -152,7 +166,7 @@ class Stream:
     def __init__(
         self,
         dataset: DatasetLike,
-        transform: Callable[..., tf.data.Dataset],
+        feed: Feed,
         *,
         batches_per_step: int = 1,
         steps_per_epoch: int | None = None,
@@ -179,7 +193,7 @@ class Stream:
         if self._length == 0:
             raise ValueError("The dataset is empty: it yields no batch.")
         self._dataset = dataset
-        self._transform = transform
+        self._feed = feed
         self._batches_per_step = batches_per_step
         self.batches_per_epoch = self._length
         if steps_per_epoch is not None:
@@ -192,7 +206,7 @@ class Stream:
         self._taken = 0
         self._stacks: ArrayBatches | None = None
         if not self._is_padded:
-            self._stacks = stacks_of(dataset, batches_per_step)
+            self._stacks = feed.stacks(batches_per_step)
 
     @property
     def is_stacked(self) -> bool:
@@ -213,7 +227,7 @@ class Stream:
         if self._stacks:
             self._start_stacks(self._stacks, begin)
         else:
-            self._start(self._from(begin))
+            self._start(lambda: self._from(begin))
 
     def close(self) -> None:
         """Lets go of the iterator, its threads and what it has read ahead.
@@ -222,9 +236,8 @@ class Stream:
         """
         self.iterator = self.stack = None
 
-    def _start(self, batches: tf.data.Dataset) -> None:
-        stream = self._transform(batches, is_stacked=False)
-        self.iterator = iter(stream.prefetch(tf.data.AUTOTUNE))
+    def _start(self, make: Callable[[], tf.data.Dataset]) -> None:
+        self.iterator = iter(self._feed.open(make))
         self._taken = 0
 
     def _start_stacks(self, make: ArrayBatches, begin: int) -> None:
@@ -235,7 +248,7 @@ class Stream:
         stacks = passes.flat_map(make.stacks).skip(first)
         options = tf.data.Options()
         options.threading.private_threadpool_size = 1  # it only copies
-        stream = self._transform(stacks, is_stacked=True).prefetch(2)
+        stream = self._feed.split(stacks, is_stacked=True).prefetch(2)
         self.iterator = iter(stream.with_options(options))
         self.stack = next(self.iterator)
         self._taken = 1
@@ -329,7 +342,7 @@ class Stream:
         if self.batches_per_epoch is None:
             self.learn_length(self.batch)
             self.epoch, self.batch = self.epoch + 1, 0
-            self._start(self._next_passes())
+            self._start(self._next_passes)
         else:
             self.epoch, self.batch = self.epoch + 1, 0
 

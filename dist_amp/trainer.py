@@ -7,7 +7,7 @@ import logging
 import math
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -20,6 +20,7 @@ from dist_amp.agreement import StopRequest
 from dist_amp.beacon import Beacon
 from dist_amp.callbacks import Progress
 from dist_amp.checkpoint import Checkpointer, SavePolicy
+from dist_amp.feed import Feed
 from dist_amp.fit import Fit, blame
 from dist_amp.metrics import MetricsLike, to_numbers
 from dist_amp.pace import Pace
@@ -35,7 +36,6 @@ from dist_amp.stream import (
     length_of,
     one_pass,
     padded,
-    stacks_of,
 )
 from dist_amp.watchdog import Watchdog
 
@@ -222,7 +222,7 @@ class Trainer(Steps):
             self._check_recovery(dataset, checkpoint_dir, save_policy, rollback)
             stream = Stream(
                 dataset,
-                functools.partial(self._split, class_weight=class_weight),
+                self._feed(dataset, class_weight=class_weight),
                 batches_per_step=self.optimizer.gradient_accumulation_steps
                 or 1,
                 steps_per_epoch=steps_per_epoch,
@@ -337,7 +337,7 @@ class Trainer(Steps):
             self.metrics.build(y, predictions)
         self._check_combinations()
         self._warn_of_odd_sizes()
-        self.fuse_layers()
+        self.prepare_layers()
         self.spread_seeds()
         self._is_built = True
 
@@ -362,13 +362,18 @@ class Trainer(Steps):
     def _traced_loop(self, dataset: DatasetLike) -> Any:
         """The graph that `fit` will run; it makes no iterator."""
         parts = self.optimizer.gradient_accumulation_steps or 1
-        if stacks := stacks_of(dataset, parts):
+        feed = self._feed(dataset)
+        if stacks := feed.stacks(parts):
             first = stacks.stacks(tf.constant(0, tf.int64))
-            spec = self._split(first, is_stacked=True).element_spec
+            spec = feed.split(first, is_stacked=True).element_spec
             return self._loop_over_stacks(spec).get_concrete_function()
-        spec = self._split(one_pass(dataset)).element_spec
+        numbers = tf.constant(1), tf.constant(1)
+        if self.is_on("TPU"):  # whose iterators are another type each
+            iterator = iter(feed.open(lambda: one_pass(dataset)))
+            return self._train_loop.get_concrete_function(iterator, *numbers)
+        spec = feed.split(one_pass(dataset)).element_spec
         return self._train_loop.get_concrete_function(
-            tf.data.IteratorSpec(spec), tf.constant(1), tf.constant(1)
+            tf.data.IteratorSpec(spec), *numbers
         )
 
     def _loop_over_stacks(self, spec: Any) -> Any:
@@ -413,6 +418,11 @@ class Trainer(Steps):
                 "`gradient_accumulation_steps` takes means, so the loss must "
                 "not have `reduction='sum'`; pass 'sum_over_batch_size'."
             )
+        if self.jit_compile and self.is_on("TPU"):
+            raise ValueError(
+                "`jit_compile` would be ignored on a TPU, which compiles "
+                "every step; leave it off (--nojit_compile)."
+            )
         if (
             self.jit_compile
             and self.strategy.num_replicas_in_sync > 1
@@ -434,21 +444,18 @@ class Trainer(Steps):
                 ", ".join(f"{name} ({size})" for name, size in odd),
             )
 
-    def _split(
+    def _feed(
         self,
-        dataset: tf.data.Dataset,
+        dataset: DatasetLike,
         *,
         class_weight: Mapping[int, float] | None = None,
-        is_stacked: bool = False,
-    ) -> tf.data.Dataset:
-        return data.split(
+    ) -> Feed:
+        return Feed(
+            self.strategy,
+            self.replica_ids,
             dataset,
-            num_replicas=self.strategy.num_replicas_in_sync,
-            first_replica=self.replica_ids[0],
-            num_local_replicas=len(self.replica_ids),
             reduction=_reduction_of(self.loss),
             class_weight=class_weight,
-            is_stacked=is_stacked,
         )
 
     def _end(self, fit: Fit) -> None:
@@ -633,11 +640,11 @@ class Trainer(Steps):
             )
             if is_padded and length is not None:
                 dataset = padded(dataset, length)
-        return self._split(dataset).prefetch(tf.data.AUTOTUNE), length
+        return self._feed(dataset).open(lambda: dataset), length
 
     def _test(
         self,
-        batches: tf.data.Dataset,
+        batches: Iterable[Any],
         length: int | None,
         *,
         may_stop: bool = False,

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from dist_amp import arrays, data
-from dist_amp.stream import Stream
+from dist_amp.stream import Stream, stacks_of
 
 NUM_BATCHES = 5
 
@@ -36,8 +36,24 @@ def unknown_length(number):
     return shuffled()(number).filter(lambda x: True)
 
 
+class Whole:
+    """Feeds batches as they are."""
+
+    def __init__(self, dataset):
+        self._dataset = dataset
+
+    def stacks(self, batches_per_step=1):
+        return stacks_of(self._dataset, batches_per_step)
+
+    def split(self, batches, *, is_stacked=False):
+        return batches
+
+    def open(self, make):
+        return make().prefetch(tf.data.AUTOTUNE)
+
+
 def make_stream(dataset, **options):
-    return Stream(dataset, lambda dataset, is_stacked: dataset, **options)
+    return Stream(dataset, Whole(dataset), **options)
 
 
 def read(stream, num_batches):

@@ -1,0 +1,110 @@
+"""Runs what a TPU's cores would run, on the CPU: all of them, with collectives.
+
+The step is traced under the real `TPUStrategy`, a core's part of it cut out and
+lowered by `dist_amp.ahead_of_time`, and run by JAX's CPU client, which has as
+many devices as there are cores. Variables live in TensorFlow, a copy a core.
+"""
+
+import jax
+import numpy as np
+import tensorflow as tf
+
+from dist_amp import ahead_of_time
+
+MAX_CORES = 8
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", MAX_CORES)
+jax.config.update("jax_enable_x64", True)
+
+
+class EmulatedStep:
+    """A step of a trainer that was made in `ahead_of_time.make_strategy`.
+
+    Args:
+        trainer: Built.
+        step: `trainer.train_replica` or `trainer.test_replica`.
+        batch: A distributed batch, for its shapes.
+    """
+
+    def __init__(self, trainer, step, batch):
+        self._num_cores = trainer.strategy.num_replicas_in_sync
+
+        @tf.function(autograph=False)
+        def run(batch):
+            trainer.strategy.run(step, args=(batch,))
+
+        one = tf.nest.map_structure(lambda leaf: leaf.values[0], batch)
+        concrete = run.get_concrete_function(
+            tf.nest.map_structure(tf.TensorSpec.from_tensor, one)
+        )
+        self.program = ahead_of_time.program_of(concrete, reads_back=True)
+        self._devices = jax.devices("cpu")[: self._num_cores]
+        self.module = ahead_of_time.lower(self.program)
+        self._executable = ahead_of_time.compile_module(
+            self.module, self._devices
+        )
+
+    def __call__(self, batch):
+        """Runs the step on all cores at once; changes the variables."""
+        variables = self.program.variables
+        leaves = [leaf.values for leaf in tf.nest.flatten(batch)]
+        states = [map(v.read, range(self._num_cores)) for v in variables]
+        outputs = self._executable.execute_sharded(
+            [self._on_devices(copies) for copies in (*leaves, *states)]
+        )
+        shards = outputs.disassemble_into_single_device_arrays()
+        for variable, values in zip(variables, shards, strict=False):
+            for handle, value in zip(variable.handles, values, strict=True):
+                tf.raw_ops.AssignVariableOp(
+                    resource=handle,
+                    value=tf.constant(np.asarray(value), variable.dtype),
+                )
+
+    def _on_devices(self, values):
+        """One array, of which each device holds its own value."""
+        mesh = jax.sharding.Mesh(np.array(self._devices), ("cores",))
+        sharding = jax.sharding.NamedSharding(
+            mesh, jax.sharding.PartitionSpec()
+        )
+        parts = [
+            jax.device_put(value.numpy(), device)
+            for value, device in zip(values, self._devices, strict=True)
+        ]
+        return jax.make_array_from_single_device_arrays(
+            parts[0].shape, sharding, parts
+        )
+
+
+class EmulatedTrainer:
+    """Trains and evaluates as `Trainer.fit` and `evaluate` do on a TPU.
+
+    Args:
+        trainer: Made in `ahead_of_time.make_strategy`.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+        self.steps = {}
+
+    def fit(self, dataset):
+        """One epoch; returns the logs."""
+        self._run("train", dataset, self.trainer.train_replica)
+        return _floats(self.trainer.read_train_logs())
+
+    def evaluate(self, dataset):
+        self._run("test", dataset, self.trainer.test_replica)
+        return _floats(self.trainer.metrics.results())
+
+    def _run(self, name, dataset, step):
+        self.trainer.build(dataset)
+        self.trainer.metrics.reset()
+        feed = self.trainer._feed(dataset)
+        for batch in feed.open(lambda: dataset):
+            if name not in self.steps:
+                self.steps[name] = EmulatedStep(self.trainer, step, batch)
+            self.steps[name](batch)
+
+
+def _floats(logs):
+    return {name: float(tf.convert_to_tensor(v)) for name, v in logs.items()}
