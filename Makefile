@@ -1,6 +1,7 @@
 # make train ARGS="--precision=mixed_float16"   trains in a virtual environment
 # make test                                     installs what tests need, runs them
 # make check                                    style, types
+# make test EXTRAS=dev,tpu-plan                 with the TPU's compiler (libtpu)
 
 VENV ?= .venv
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
@@ -8,6 +9,7 @@ PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
 	2>/dev/null && echo $$python && break; done)
 BIN := $(VENV)/bin
 ARGS ?=
+EXTRAS ?= dev
 
 .PHONY: train test check clean
 
@@ -31,7 +33,7 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[$(EXTRAS)]"
 	@touch $@
 
 clean:

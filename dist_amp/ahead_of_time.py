@@ -13,8 +13,10 @@ import contextlib
 import dataclasses
 import importlib.metadata
 import json
+import linecache
 import math
 import os
+import pathlib
 import re
 import time
 from collections.abc import Iterator, Sequence
@@ -25,6 +27,8 @@ import tensorflow as tf
 from tensorflow.core.protobuf.tpu import topology_pb2
 from tensorflow.python.client import session
 from tensorflow.python.tpu import tpu_strategy_util, tpu_system_metadata
+
+from dist_amp import graphs
 
 _PRIVATE_NAMES = {
     "tensorflow 2.21, tpu_system_metadata": {
@@ -393,17 +397,27 @@ def _cut_name(key: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Unsupported:
-    """An operation that XLA has no kernel for.
+    """An operation that a TPU cannot run.
 
     Attributes:
         op: Its type, say "AsString".
+        name: Its name, which tells the layer.
+        why: What is wrong with it.
         place: `file:line` of the user's code that makes it, if it is known.
         line: That line.
     """
 
     op: str
+    name: str
+    why: str
     place: str | None
     line: str | None
+
+    def __str__(self) -> str:
+        where = (
+            f"made in {self.place}: {self.line}" if self.place else self.name
+        )
+        return f"{self.op} ({self.why}), {where}"
 
 
 class UnsupportedError(ValueError):
@@ -417,16 +431,8 @@ class UnsupportedError(ValueError):
     def __init__(self, found: Sequence[Unsupported], reason: str):
         self.found = tuple(found)
         self.reason = reason
-        places = [
-            f"{one.op}, made in {one.place}: {one.line}"
-            if one.place
-            else one.op
-            for one in found
-        ]
-        super().__init__(
-            "A TPU cannot run this step: "
-            + ("; ".join(places) if places else reason)
-        )
+        told = "; ".join(map(str, found)) or reason
+        super().__init__(f"A TPU cannot run this step: {told}")
 
 
 def lower(program: Program) -> bytes:
@@ -445,52 +451,34 @@ def lower(program: Program) -> bytes:
 
 def _unsupported(message: str, graph: tf.Graph) -> list[Unsupported]:
     """The operations that an error of XLA's names, with the user's lines."""
-    names = set(re.findall(r"No registered '(\w+)' OpKernel", message))
-    names |= set(re.findall(r"unsupported (?:op )?'?(\w+)'? \(", message))
-    found = []
-    for op in all_operations(graph):
-        if op.type in names:
-            place, line = _users_line(op)
-            one = Unsupported(op.type, place, line)
-            if one not in found:
-                found.append(one)
-    missing = names - {one.op for one in found}
-    return [*found, *(Unsupported(name, None, None) for name in missing)]
-
-
-def all_operations(graph: tf.Graph) -> Iterator[tf.Operation]:
-    """Of a graph and of the functions that it calls, at any depth."""
-    seen: set[str] = set()
-    waiting = [graph]
-    while waiting:
-        current = waiting.pop()
-        for op in current.get_operations():
-            yield op
-            for name in _called(op):
-                if name in seen:
-                    continue
-                seen.add(name)
-                inner = graph._get_function(name) or current._get_function(name)
-                if getattr(inner, "graph", None) is not None:
-                    waiting.append(inner.graph)
-
-
-def _called(op: tf.Operation) -> Iterator[str]:
-    for value in op.node_def.attr.values():
-        if value.HasField("func"):
-            yield value.func.name
-        yield from (function.name for function in value.list.func)
+    types = set(re.findall(r"No registered '(\w+)' OpKernel", message))
+    varying = set(re.findall(r"Input \d+ to node `([^`]+)` with op", message))
+    found: dict[tuple[str, str | None], Unsupported] = {}
+    for op, _ in graphs.operations(graph):
+        if op.type in types:
+            why = "there is no such operation on TPUs"
+        elif op.name in varying:
+            why = "its shape depends on data"
+        else:
+            continue
+        place, line = _users_line(op)
+        one = Unsupported(op.type, op.name, why, place, line)
+        found.setdefault((op.type, place), one)
+    return list(found.values())
 
 
 def _users_line(op: tf.Operation) -> tuple[str | None, str | None]:
     """The innermost frame that is neither a library's nor ours."""
+    ours = pathlib.Path(__file__).resolve().parents[1]
     for frame in reversed(op.traceback or ()):
-        folder = os.path.dirname(frame.filename)
-        is_installed = "site-packages" in folder or "<" in frame.filename
-        if not is_installed and folder != os.path.dirname(__file__):
-            return f"{frame.filename}:{frame.lineno}", (
-                frame.line or ""
-            ).strip()
+        path = pathlib.Path(frame.filename)
+        is_ours = any(
+            path.is_relative_to(ours / name) for name in ("dist_amp", "launch")
+        )
+        if "site-packages" in path.parts or is_ours or not path.is_file():
+            continue
+        line = linecache.getline(frame.filename, frame.lineno).strip()
+        return f"{frame.filename}:{frame.lineno}", line
     return None, None
 
 
@@ -544,9 +532,12 @@ class OutOfMemoryError(ValueError):
 
     def __init__(self, message: str):
         super().__init__(message)
-        found = re.search(
-            r"[Uu]sed ([\d.]+)([KMGT]?) of ([\d.]+)([KMGT]?)", message
+        size = r"\(?([\d.]+)([KMGT]?)\)?"
+        used, limit = (
+            r"(?:[Uu]sed|temporaries)",
+            r"(?:of|exceeds available HBM)",
         )
+        found = re.search(f"{used} {size} {limit} {size}", message)
         self.used_bytes = self.limit_bytes = None
         if found:
             self.used_bytes = _bytes_of(found[1], found[2])
@@ -610,6 +601,32 @@ def num_cores(topology: str) -> int:
     return len(_devices(topology))
 
 
+def hbm_bytes(topology: str) -> int:
+    """HBM of a core that programs may use, as its compiler tells.
+
+    It is asked for a program that cannot fit.
+
+    Raises:
+        ValueError: The topology is unknown, or the extra is not installed.
+    """
+    from jax._src.interpreters import mlir
+    from jaxlib.mlir import ir
+
+    devices = _devices(topology)[:1]
+    array = f"tensor<{2**40}xf32>"
+    text = (
+        f"func.func public @main(%a: {array}) -> {array} {{\n"
+        f"  %b = stablehlo.negate %a : {array}\n  return %b : {array}\n}}"
+    )
+    with mlir.make_ir_context():
+        try:
+            _compile(ir.Module.parse(text), devices, loads=False)
+        except OutOfMemoryError as error:
+            if error.limit_bytes is not None:
+                return error.limit_bytes
+    raise ValueError(f"The compiler does not tell the HBM of {topology}.")
+
+
 def _devices(topology: str) -> list[Any]:
     """Descriptions of the cores, to compile for."""
     if not has_compiler():
@@ -653,12 +670,19 @@ def compile_module(
         loads: Whether it is to run here.
 
     Returns:
-        The executable of jaxlib.
+        The executable, as jaxlib has it.
 
     Raises:
         OutOfMemoryError: It does not fit.
     """
     from jax._src.interpreters import mlir
+
+    with mlir.make_ir_context():
+        stable = _to_module(module, len(devices))
+        return _compile(stable, devices, loads=loads)
+
+
+def _compile(module: Any, devices: Sequence[Any], *, loads: bool) -> Any:
     from jaxlib import xla_client
 
     options = xla_client.CompileOptions()
@@ -668,18 +692,16 @@ def compile_module(
     )
     client = devices[0].client
     compile_ = client.compile_and_load if loads else client.compile
-    with mlir.make_ir_context():
-        stable = _to_module(module, len(devices))
-        try:
-            return compile_(
-                stable,
-                executable_devices=xla_client.DeviceList(tuple(devices)),
-                compile_options=options,
-            )
-        except Exception as error:  # of a class of jaxlib's own
-            if "RESOURCE_EXHAUSTED" in str(error):
-                raise OutOfMemoryError(str(error)) from error
-            raise
+    try:
+        return compile_(
+            module,
+            executable_devices=xla_client.DeviceList(tuple(devices)),
+            compile_options=options,
+        )
+    except Exception as error:  # of a class of jaxlib's own
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise OutOfMemoryError(str(error)) from error
+        raise
 
 
 def _to_module(serialized: bytes, num_replicas: int) -> Any:

@@ -31,8 +31,9 @@ class JsonLines(keras.callbacks.Callback):
 
     A train line holds `step`, `epoch` (from 1), `split`, `loss`, each metric
     by its name, `loss_scale`, `skipped_updates`, `examples_per_sec`,
-    `steps_per_sec`, `learning_rate` and `time` (seconds since 1970); a test
-    line holds `step`, `epoch`, `split`, `loss`, the metrics and `time`.
+    `steps_per_sec`, `learning_rate`, what `measure` tells and `time` (seconds
+    since 1970); a test line holds `step`, `epoch`, `split`, `loss`, the
+    metrics and `time`.
 
     Lines are on the disk before the epoch's checkpoint is. A full disk is
     logged, and the lines are written when there is room.
@@ -41,12 +42,17 @@ class JsonLines(keras.callbacks.Callback):
         path: The file; lines of epochs that are trained again after an
             interruption are replaced.
         global_step: Tells the number of updates attempted.
+        measure: Further numbers of the train line.
     """
 
     def __init__(
-        self, path: str | pathlib.Path, global_step: Callable[[], int]
+        self,
+        path: str | pathlib.Path,
+        global_step: Callable[[], int],
+        measure: Callable[[], Mapping[str, Any]] = dict,
     ):
         super().__init__()
+        self._measure = measure
         self._path = pathlib.Path(path)
         self._global_step = global_step
         self._next_epoch: int | None = None
@@ -63,6 +69,7 @@ class JsonLines(keras.callbacks.Callback):
             for key in list(logs)
             if key.startswith("val_")
         }
+        logs |= self._measure()
         lines = [{**head, "split": "train", **logs, "time": time.time()}]
         if test:
             lines.append({**head, "split": "test", **test, "time": time.time()})

@@ -274,6 +274,32 @@ def _bytes_of(spec: Any) -> float:
     )
 
 
+def cast_inputs(dataset: DatasetLike, dtype: str) -> Any:
+    """The same batches, with the inputs' floats in another dtype.
+
+    Args:
+        dataset: As in `Trainer.fit`.
+        dtype: Say "bfloat16", which models in mixed_bfloat16 compute in.
+    """
+
+    def cast(leaf: tf.Tensor) -> tf.Tensor:
+        return tf.cast(leaf, dtype) if leaf.dtype.is_floating else leaf
+
+    @tf.autograph.experimental.do_not_convert
+    def convert(*element: Any) -> Any:
+        x, *rest = element
+        x = tf.nest.map_structure(cast, x)
+        return (x, *rest) if rest else x
+
+    if isinstance(dataset, tf.data.Dataset):
+        return dataset.map(convert, num_parallel_calls=_AUTOTUNE)
+    if isinstance(dataset, ArrayBatches):
+        return dataset.map(lambda rows: convert(*rows))
+    return lambda number: dataset(number).map(
+        convert, num_parallel_calls=_AUTOTUNE
+    )
+
+
 def test_split_of(builder: Any) -> str | None:
     """The split to evaluate on: "test", else "validation", else none."""
     return next(

@@ -28,7 +28,7 @@ def weights_of_rows(batch: Batch) -> tf.Tensor | None:
     """
     if batch.num_examples is None:
         return None
-    place = tf.range(batch.weight.shape[0], dtype=tf.float32)
+    place = tf.cast(tf.range(batch.weight.shape[0]), tf.float32)
     return tf.cast(place < batch.num_examples, tf.float32)
 
 

@@ -330,7 +330,10 @@ class Trainer(Steps):
         _check_dataset(first_pass)
         spec = first_pass.element_spec
         parts = spec if isinstance(spec, tuple) else (spec,)
-        x, y = (*tf.nest.map_structure(_zeros, parts), None)[:2]
+        zeros = functools.partial(
+            _zeros, has_fixed_size=_has_fixed_size(self.model)
+        )
+        x, y = (*tf.nest.map_structure(zeros, parts), None)[:2]
         with self.strategy.scope():
             predictions = self.model(x, training=False)
             self.optimizer.build(self.model.trainable_variables)
@@ -356,6 +359,18 @@ class Trainer(Steps):
         return len(definition.node) + sum(
             len(inner.node_def) for inner in definition.library.function
         )
+
+    def slice_spec(self, dataset: DatasetLike) -> data.Batch:
+        """Shapes and dtypes of what one replica's step takes.
+
+        Args:
+            dataset: As in `fit`; only its shapes are looked at.
+
+        Returns:
+            `tf.TensorSpec`s; the size of a slice is None where it varies.
+        """
+        feed = self._feed(dataset)
+        return feed.split(one_pass(dataset)).element_spec[0]
 
     # ------------------------------------------------------------ private
 
@@ -708,11 +723,18 @@ def _check_dataset(dataset: tf.data.Dataset) -> None:
         )
 
 
-def _zeros(spec: tf.TensorSpec) -> tf.Tensor:
-    """Zeros for building: one example, unless the batch size is known."""
+def _zeros(spec: tf.TensorSpec, *, has_fixed_size: bool) -> tf.Tensor:
+    """Zeros for building: one example, unless the model wants them all."""
     batch_size, *shape = spec.shape
+    rows = batch_size if has_fixed_size and batch_size else 1
     sizes = [UNKNOWN_DIMENSION if n is None else n for n in shape]
-    return tf.zeros([batch_size or 1, *sizes], spec.dtype)
+    return tf.zeros([rows, *sizes], spec.dtype)
+
+
+def _has_fixed_size(model: keras.Model) -> bool:
+    """Whether the model was made for batches of one size."""
+    inputs = tf.nest.flatten(getattr(model, "inputs", None) or [])
+    return any(one.shape[0] is not None for one in inputs)
 
 
 def _reduction_of(loss: Any) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -19,8 +20,8 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 import dist_amp
 from dist_amp import cluster as cluster_lib
 from dist_amp import data as data_lib
+from dist_amp import memory, storage, weights
 from dist_amp import schedule as schedule_lib
-from dist_amp import storage, weights
 from dist_amp import strategy as strategy_lib
 from dist_amp.callbacks import JsonLines, TensorBoard, describe_epoch
 from dist_amp.checkpoint import readable_size, whole_manifests
@@ -129,6 +130,16 @@ def _facts(config: TrainConfig) -> dict[str, str]:
 
 def load_data(config: TrainConfig) -> Data:
     """Loads a TFDS dataset, or calls the user's function for each split."""
+    data = _load(config)
+    if config.input_dtype == "float32":
+        return data
+    cast = functools.partial(data_lib.cast_inputs, dtype=config.input_dtype)
+    return dataclasses.replace(
+        data, train=cast(data.train), test=data.test and cast(data.test)
+    )
+
+
+def _load(config: TrainConfig) -> Data:
     if config.dataset.partition(":")[2].isidentifier():
         return _data_of(_imported("dataset", config.dataset), config)
     try:
@@ -377,7 +388,11 @@ def make_callbacks(
     """TensorBoard, and a line of `metrics.jsonl` for each epoch and split."""
     return [
         TensorBoard(str(run_dir.tensorboard), write_graph=False),
-        JsonLines(run_dir.metrics, lambda: trainer.global_step),
+        JsonLines(
+            run_dir.metrics,
+            lambda: trainer.global_step,
+            lambda: {"peak_memory_bytes": memory.peak_bytes(trainer.strategy)},
+        ),
     ]
 
 

@@ -17,6 +17,7 @@ PRECISIONS = (
     "graph_float16",
     "graph_bfloat16",
 )
+INPUT_DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = (
     "adadelta",
     "adafactor",
@@ -86,6 +87,13 @@ class TrainConfig:
         "logits is read off the model's last activation.",
     )
     metrics: tuple[str, ...] = flag(("accuracy",), "Keras metrics.")
+
+    input_dtype: str = flag(
+        "float32",
+        "What real-valued inputs travel to the devices in; bfloat16 is half "
+        "the bytes, and loses nothing where the model computes in it.",
+        INPUT_DTYPES,
+    )
 
     strategy: str = flag("auto", "How replicas are made.", STRATEGIES)
     devices: tuple[str, ...] = flag(
@@ -426,6 +434,10 @@ class TrainConfig:
                 "loss_scale_initial",
                 f"must be between the floor {low:g} and the ceiling {high:g}",
                 first,
+            )
+        if self.jit_compile and (self.tpu or self.strategy == "tpu"):
+            _contradict(
+                "jit_compile", "a TPU", "it compiles every step; drop the flag"
             )
         if self.compilation_cache and not self.jit_compile:
             _contradict(

@@ -51,7 +51,7 @@ _TOLERANCES = {
     "float16": (1e-3, 1e-4),
     "bfloat16": (1e-2, 5e-3),
 }
-_MEASURED = ("time", "examples_per_sec", "steps_per_sec")
+_MEASURED = ("time", "examples_per_sec", "steps_per_sec", "peak_memory_bytes")
 
 
 @dataclasses.dataclass(frozen=True)

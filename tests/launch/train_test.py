@@ -83,6 +83,7 @@ def test_its_folder_holds_what_was_promised(default_run):
         "examples_per_sec",
         "steps_per_sec",
         "learning_rate",
+        "peak_memory_bytes",
         "time",
     }
     assert list((run_dir / "tensorboard").rglob("events*"))
@@ -163,7 +164,12 @@ def test_interrupted_and_started_again_it_ends_the_same(
     )
     for a, b in zip(one.get_weights(), other.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
-    measured = ("time", "examples_per_sec", "steps_per_sec")
+    measured = (
+        "time",
+        "examples_per_sec",
+        "steps_per_sec",
+        "peak_memory_bytes",
+    )
     plain = [
         [{k: v for k, v in line.items() if k not in measured} for line in run]
         for run in map(read_lines, run_dirs)

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from dist_amp import ahead_of_time
+from tests import support
 
 MAX_CORES = 8
 
@@ -87,23 +88,47 @@ class EmulatedTrainer:
         self.trainer = trainer
         self.steps = {}
 
-    def fit(self, dataset):
-        """One epoch; returns the logs."""
-        self._run("train", dataset, self.trainer.train_replica)
-        return _floats(self.trainer.read_train_logs())
+    def fit(self, dataset, *, epochs=2, class_weight=None):
+        """Trains; returns the logs of each epoch."""
+        parts = self.trainer.optimizer.gradient_accumulation_steps or 1
+        logs = []
+        for _ in range(epochs):
+            batches = self._open(dataset, class_weight=class_weight)
+            for number, batch in enumerate(batches, 1):
+                is_last = number % parts == 0
+                with self.trainer.optimizer.accumulation(is_last=is_last):
+                    self._run(self.trainer.train_replica, batch, is_last)
+            logs.append(_floats(self.trainer.read_train_logs()))
+        self.trainer.optimizer.finalize_variable_values(
+            self.trainer.model.trainable_variables
+        )
+        return logs
 
     def evaluate(self, dataset):
-        self._run("test", dataset, self.trainer.test_replica)
+        for batch in self._open(dataset):
+            self._run(self.trainer.test_replica, batch)
         return _floats(self.trainer.metrics.results())
 
-    def _run(self, name, dataset, step):
+    def _open(self, dataset, **options):
         self.trainer.build(dataset)
         self.trainer.metrics.reset()
-        feed = self.trainer._feed(dataset)
-        for batch in feed.open(lambda: dataset):
-            if name not in self.steps:
-                self.steps[name] = EmulatedStep(self.trainer, step, batch)
-            self.steps[name](batch)
+        return self.trainer._feed(dataset, **options).open(lambda: dataset)
+
+    def _run(self, step, batch, *key):
+        """Compiled once, as on a TPU: all batches have one shape."""
+        key = (step.__name__, *key)
+        if key not in self.steps:
+            self.steps[key] = EmulatedStep(self.trainer, step, batch)
+        self.steps[key](batch)
+
+
+def fit_emulated(dataset, *args, num_cores, fit=None, **options):
+    """As `support.fit_trainer`, on emulated cores."""
+    strategy = ahead_of_time.make_strategy(num_cores)
+    trainer = support.make_trainer(*args, strategy=strategy, **options)
+    logs = EmulatedTrainer(trainer).fit(dataset, **(fit or {}))
+    history = {name: [log[name] for log in logs] for name in logs[0]}
+    return support.Trained(trainer.model, trainer.optimizer, history, trainer)
 
 
 def _floats(logs):
