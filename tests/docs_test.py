@@ -99,13 +99,13 @@ def test_the_jobs_of_the_readme_can_be_submitted(capsys):
 
 
 def test_the_flags_of_the_readme_exist():
-    from launch.config import TrainConfig
     from launch.kubernetes import KubernetesJob
     from launch.local import LocalJob
+    from launch.plan import PlanConfig
     from launch.slurm import SlurmJob
 
     words = re.findall(r"--(\w+)", "".join(blocks("sh")))
-    kinds = (TrainConfig, SlurmJob, KubernetesJob, LocalJob)
+    kinds = (PlanConfig, SlurmJob, KubernetesJob, LocalJob)
     fields = {name for kind in kinds for name in kind.__dataclass_fields__}
     own = {"help", "onto", "output"}  # of other programs than launch.train
     assert set(words) - own - {"signal"} <= fields
