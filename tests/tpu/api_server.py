@@ -104,7 +104,7 @@ class _Handler(BaseHTTPRequestHandler):
         path = urllib.parse.urlsplit(self.path).path
         if path == "/discovery":
             discovery = self.api.discovery
-            self.answer(_document(self.api.url) if not discovery else discovery)
+            self.answer(discovery if discovery else _document(self.api.url))
         elif path.startswith("/v1/"):
             self.answer_node(path)
         elif path == "/" or path.startswith(_METADATA):
