@@ -136,8 +136,8 @@ def _check_version(tpu: str, version: str | None) -> None:
     if found and found[1] != ours:
         raise CloudTpuError(
             f"{_name(tpu)} runs TensorFlow {found[1]} ({version}) and this "
-            f"program {ours}, and they must be the same: create the TPU with an image "
-            "of this version (--runtime_version)."
+            f"program {ours}, and they must be the same: create the TPU with "
+            "an image of this version (--runtime_version)."
         )
 
 

@@ -65,7 +65,7 @@ _INSTALL = (
 class CloudTpuJob:
     """Every setting of `python -m launch.cloud_tpu`; one flag each."""
 
-    tpu: str | None = flag(None, "The TPU's name; always needed.")
+    tpu: str = flag("", "The TPU's name; always needed.")
     tpu_zone: str | None = flag(
         None,
         "Where it is, as us-west4-a. Default: as gcloud is configured; for "
@@ -100,10 +100,10 @@ class CloudTpuJob:
 
     def __post_init__(self) -> None:
         check_positive(self, "timeout", "interval")
-        if not self.tpu or not re.fullmatch(r"[a-z][a-z0-9-]*", self.tpu):
+        if not re.fullmatch(r"[a-z][a-z0-9-]*", self.tpu):
             raise ConfigError(
                 "--tpu must be a TPU's name: small letters, digits and -. "
-                f"Received {self.tpu}."
+                f"Received {self.tpu!r}."
             )
         if not re.fullmatch(r"[a-z]\w*-[1-9]\d*", self.accelerator_type):
             raise ConfigError(
@@ -145,22 +145,25 @@ def run() -> None:
 def main(argv: list[str]) -> int:
     """Does what the first argument says; returns the exit status."""
     program, *arguments = argv
-    command = None
-    if arguments and not arguments[0].startswith("-"):
-        command = arguments.pop(0)
+    has_command = bool(arguments) and not arguments[0].startswith("-")
+    command = arguments.pop(0) if has_command else ""
     try:
-        if command is None and not {"--help", "-h"} & set(arguments):
-            raise ConfigError(f"the first argument must be {_choices()}.")
+        if command not in _HEEDED and not {"--help", "-h"} & set(arguments):
+            *names, last = _HEEDED
+            raise ConfigError(
+                f"the first argument must be {', '.join(names)} or {last}. "
+                f"Received {command!r}."
+            )
         read = job_lib.read_settings(
             [program, *arguments], CloudTpuJob, __doc__
         )
         if read is None:
             return 0
         job, rest = read
-        check(command or "", job, rest)
+        check(command, job, rest)
         if command in ("status", "wait"):
             return _ask(command, job)
-        commands = render(command or "", job, rest)
+        commands = render(command, job, rest)
         if job.dry_run:
             print("\n".join(map(shlex.join, commands)))
             return 0
@@ -176,12 +179,8 @@ def check(command: str, job: CloudTpuJob, arguments: Sequence[str]) -> None:
     """Whether the command heeds every setting.
 
     Raises:
-        ConfigError: It does not, or there is no such command.
+        ConfigError: It does not.
     """
-    if command not in _HEEDED:
-        raise ConfigError(
-            f"the first argument must be {_choices()}. Received {command!r}."
-        )
     if arguments and command != "run":
         raise ConfigError(
             f"flags after -- are for run. Received {command} with "
@@ -219,17 +218,11 @@ def render(
 # -------------------------------------------------------------------- private
 
 
-def _choices() -> str:
-    *names, last = _HEEDED
-    return f"{', '.join(names)} or {last}"
-
-
 def _ask(command: str, job: CloudTpuJob) -> int:
     """What the API says; 0 if training may start."""
     with quiet_start():
         from dist_amp import cloud_tpu  # and TensorFlow, which is not needed
 
-    assert job.tpu is not None
     try:
         if command == "wait":
             cloud_tpu.wait_until_usable(
@@ -324,7 +317,7 @@ def _run(job: CloudTpuJob, arguments: Sequence[str]) -> Iterator[list[str]]:
     ]
     yield _on_hosts(job, f"cd {_FOLDER} && {job.install or _INSTALL}")
     program = [".venv/bin/python", "-m", "launch.train", *train.arguments]
-    # Several hosts: their servers hold the chips, so the program must not.
+    # Of several hosts the servers hold the chips, which the program must not.
     variable = "TPU_LOAD_LIBRARY=0 " if job.has_several_hosts else ""
     yield [
         *_gcloud("tpu-vm", "ssh", job, job.tpu),
@@ -339,10 +332,8 @@ def _on_hosts(job: CloudTpuJob, command: str) -> list[str]:
     return [*ssh, "--worker=all", f"--command={command}"]
 
 
-def _gcloud(
-    group: str, verb: str, job: CloudTpuJob, *names: str | None
-) -> list[str]:
-    command = ["gcloud", "compute", "tpus", group, verb, *filter(None, names)]
+def _gcloud(group: str, verb: str, job: CloudTpuJob, *names: str) -> list[str]:
+    command = ["gcloud", "compute", "tpus", group, verb, *names]
     if job.tpu_zone:
         command.append(f"--zone={job.tpu_zone}")
     if job.tpu_project:

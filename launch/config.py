@@ -115,7 +115,9 @@ class TrainConfig:
         "Kubernetes Indexed Job tell.",
     )
     startup_timeout: float = flag(
-        300.0, "Seconds to wait for a worker that has not come."
+        300.0,
+        "Seconds to wait for a worker that has not come, or a TPU that is "
+        "initialized.",
     )
     collective_timeout: float = flag(
         300.0,
@@ -401,7 +403,7 @@ class TrainConfig:
                 continue
             if not self.tpu:
                 _contradict(name, "no --tpu", "pass the TPU's name as --tpu")
-            if self.tpu == "local" or self.tpu.startswith("grpc://"):
+            elif self.tpu == "local" or self.tpu.startswith("grpc://"):
                 _contradict(
                     name,
                     f"--tpu={self.tpu}",

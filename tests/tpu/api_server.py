@@ -21,7 +21,7 @@ READY = {
 # In place of an answer: the connection stays open and nothing comes.
 SILENCE = "silence"
 
-_TOKEN = "a-token-that-nobody-may-print"
+TOKEN = "a-token-that-nobody-may-print"
 _METADATA = "/computeMetadata/v1/"
 _ACCOUNT = f"{_METADATA}instance/service-accounts/default/"
 _SCOPE = "https://www.googleapis.com/auth/cloud-platform"
@@ -117,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.answer_token()
 
     def answer_node(self, path):
-        if self.headers["Authorization"] != f"Bearer {_TOKEN}":
+        if self.headers["Authorization"] != f"Bearer {TOKEN}":
             return self.answer(401)
         answer = self.api.next_answer(path)
         if isinstance(answer, Mapping):
@@ -143,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self.api.has_valid_tokens:
             return self.write(400, '{"error": "invalid_grant"}')
         self.answer(
-            {"access_token": _TOKEN, "expires_in": 3600, "token_type": "Bearer"}
+            {"access_token": TOKEN, "expires_in": 3600, "token_type": "Bearer"}
         )
 
     def answer(self, answer: Answer):

@@ -18,7 +18,7 @@ import tensorflow as tf
 
 from launch.isolation import isolate
 from tests.launch.train_test import command, environment
-from tests.tpu.api_server import PROJECT, READY, ZONE, ApiServer
+from tests.tpu.api_server import PROJECT, READY, TOKEN, ZONE, ApiServer
 
 SECONDS = 90
 # What everything but a silent host must stay within.
@@ -273,6 +273,7 @@ def test_launch_train_says_it_in_one_line(api, flags, message, tmp_path):
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(message)
     assert done.stderr.count("\n") == 1
+    assert TOKEN not in done.stderr
     assert not (tmp_path / "runs").exists()
 
 
