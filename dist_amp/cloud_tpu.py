@@ -5,17 +5,17 @@ that will never come, and tells errors by their stack: here each of them is one
 line with the next thing to try. TensorFlow is not needed.
 """
 
-import contextlib
 import dataclasses
+import re
 import socket
 import threading
 import time
-import urllib.error
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 # Seconds for one question to the API, which answers within one.
-LIMIT = 20.0
+LIMIT = 15.0
+_SECONDS_FOR_METADATA = 5.0
 _SECONDS_TO_CONNECT = 5.0
 _DEFAULT_PORT = 8470
 
@@ -31,6 +31,10 @@ class CloudTpuError(ValueError):
 
 class ApiError(CloudTpuError):
     """The API did not answer as it should; it may in a while."""
+
+
+class MissingError(CloudTpuError):
+    """There is no TPU of that name; perhaps not yet, if it is queued."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +79,7 @@ class Node:
         ]
         if self.symptoms:
             parts.append(f"reported {', '.join(self.symptoms)}")
-        return f"{self.name}: {', '.join(parts)}"
+        return f"TPU {self.name!r}: {', '.join(parts)}."
 
 
 def look_up(
@@ -95,20 +99,25 @@ def look_up(
             of `gcloud auth application-default login` by default.
 
     Raises:
-        CloudTpuError: There is no such TPU, or it may not be asked for.
+        MissingError: There is no such TPU.
+        CloudTpuError: It may not be asked for, or nobody knows where.
         ApiError: No answer came, or one that may be another one later.
     """
-
-    def ask() -> Node:
-        return _ask(name, zone, project, credentials)
-
-    where = f"TPU {name!r} in zone {zone or 'of this machine'}"
+    client = _make_client(name, zone, project, credentials)
+    where = f"TPU {name!r} in {f'zone {zone}' if zone else 'this zone'}"
     try:
-        return within(LIMIT, ask, f"the Cloud TPU API on {where}")
+        # For all at once: each public method asks anew, and in between the
+        # state may change. This client is the last there will be.
+        answer = within(
+            LIMIT,
+            client._fetch_cloud_tpu_metadata,
+            f"the Cloud TPU API on {where}",
+        )
     except CloudTpuError:
         raise
     except Exception as error:
         raise _explained(error, where) from error
+    return _node(name, answer)
 
 
 def wait_until_usable(
@@ -118,6 +127,7 @@ def wait_until_usable(
     project: str | None = None,
     timeout: float = 1200.0,
     interval: float = 10.0,
+    is_queued: bool = False,
     tell: Callable[[str], None] = lambda line: None,
     credentials: Any = "default",
 ) -> Node:
@@ -129,6 +139,7 @@ def wait_until_usable(
         project: See `look_up`.
         timeout: Seconds to wait at most.
         interval: Seconds between two questions.
+        is_queued: Whether the TPU may not be there yet.
         tell: Called with a line whenever the TPU's state is another one.
         credentials: See `look_up`.
 
@@ -137,6 +148,7 @@ def wait_until_usable(
             or it is not usable when the time is over.
     """
     deadline = time.monotonic() + timeout
+    patient = (ApiError, MissingError) if is_queued else (ApiError,)
     last = ""
     while True:
         node = None
@@ -145,7 +157,7 @@ def wait_until_usable(
                 name, zone=zone, project=project, credentials=credentials
             )
             line = node.describe()
-        except ApiError as error:
+        except patient as error:
             line = str(error)
         if line != last:
             tell(line)
@@ -156,8 +168,9 @@ def wait_until_usable(
             raise CloudTpuError(_unusable(node))
         if time.monotonic() + interval > deadline:
             raise CloudTpuError(
-                f"TPU {name!r} is not usable after {timeout:g} s "
-                f"({last}); wait longer (--timeout), or create another one."
+                f"TPU {name!r} is not usable after {timeout:g} s. The last "
+                f"answer was: {last} Wait longer (--timeout), or create "
+                "another one."
             )
         time.sleep(interval)
 
@@ -254,84 +267,93 @@ def within(seconds: float, function: Callable[[], _T], what: str) -> _T:
 # -------------------------------------------------------------------- private
 
 
-def _ask(
+def _make_client(
     name: str, zone: str | None, project: str | None, credentials: Any
-) -> Node:
-    # It defines flags, and takes half a second to import.
-    from cloud_tpu_client import client as api
+) -> Any:
+    """Google's client, which asks the machine where it is, if need be."""
+    from cloud_tpu_client import client as api  # defines flags, takes 0.5 s
 
-    client = api.Client(name, zone, project, credentials)
-    state = client.state()
-    addresses: tuple[tuple[str, int], ...] = ()
-    if state == "READY":
-        # A node without an endpoint yet has no address either.
-        with contextlib.suppress(KeyError):
-            addresses = tuple(
-                (point["ipAddress"], int(point.get("port") or _DEFAULT_PORT))
-                for point in client.network_endpoints()
-            )
+    try:
+        return within(
+            _SECONDS_FOR_METADATA,
+            lambda: api.Client(name, zone, project, credentials),
+            "the metadata server",
+        )
+    except (ApiError, OSError) as error:
+        raise CloudTpuError(
+            f"the zone and the project of TPU {name!r} are unknown, since "
+            "this is no machine of Google Cloud: pass both (--tpu_zone, "
+            "--tpu_project)."
+        ) from error
+
+
+def _node(name: str, answer: Mapping[str, Any]) -> Node:
+    points = answer.get("networkEndpoints", ())
+    symptoms = answer.get("symptoms", ())
     return Node(
         name=name,
-        state=state,
-        health=client.health(),
-        accelerator_type=client.accelerator_type(),
-        version=client.runtime_version(),
-        symptoms=tuple(s["symptomType"] for s in client.symptoms() or ()),
-        addresses=addresses,
+        state=answer.get("state"),
+        health=answer.get("health"),
+        accelerator_type=answer.get("acceleratorType"),
+        version=answer.get("tensorflowVersion"),
+        symptoms=tuple(str(s.get("symptomType")) for s in symptoms),
+        addresses=tuple(
+            (point["ipAddress"], int(point.get("port") or _DEFAULT_PORT))
+            for point in points
+            if point.get("ipAddress")  # has none until it is ready
+        ),
     )
 
 
 def _unusable(node: Node) -> str:
     if node.is_ended:
         mend = (
-            "create it anew (`python -m launch.cloud_tpu delete`, then "
-            "`create`); training goes on from its last checkpoint"
+            "Create it anew (`python -m launch.cloud_tpu delete`, then "
+            "`create`); training goes on from its last checkpoint."
         )
     elif node.state != "READY":
-        mend = "wait for it (`python -m launch.cloud_tpu wait`)"
+        mend = "Wait for it (`python -m launch.cloud_tpu wait`)."
     else:
         mend = (
-            "restart it or create it anew (`python -m launch.cloud_tpu "
-            "delete`, then `create`)"
+            "Wait for it (`python -m launch.cloud_tpu wait`); if that does "
+            "not help, `delete` it and `create` it anew."
         )
-    return f"TPU {node.describe()}. It cannot be used: {mend}."
+    return f"{node.describe()} It cannot be used. {mend}"
 
 
 def _explained(error: Exception, where: str) -> CloudTpuError:
     """One line for what the client and the libraries below it raise."""
-    cause: BaseException | None = error
-    status = None
-    while cause is not None and status is None:
-        status = getattr(getattr(cause, "resp", None), "status", None)
-        cause = cause.__cause__ or cause.__context__
-    names = {type(error).__name__, type(error.__context__).__name__}
-    if isinstance(error, urllib.error.URLError) and status is None:
+    # The client makes a ValueError of whatever the question itself raised.
+    is_answer = type(error) is ValueError and error.__context__ is not None
+    cause = error.__context__ if is_answer else error
+    status = getattr(getattr(cause, "resp", None), "status", None)
+    said = _said(cause)
+    if re.search("Credentials|Refresh", type(cause).__name__):
         return CloudTpuError(
-            "zone and project are unknown, since this is no machine of "
-            "Google Cloud: pass them (--tpu_zone, --tpu_project), or on a "
-            "TPU VM --tpu=local."
+            f"there are no valid credentials to ask about {where} ({said}): "
+            "run `gcloud auth application-default login`, or name a key file "
+            "in GOOGLE_APPLICATION_CREDENTIALS."
         )
-    if any("Credentials" in name or "Refresh" in name for name in names):
-        return CloudTpuError(
-            f"there are no credentials to ask about {where}: run `gcloud "
-            "auth application-default login`, or name a key file in "
-            "GOOGLE_APPLICATION_CREDENTIALS."
-        )
-    if status == 404:
-        return CloudTpuError(
-            f"there is no {where}. Look for its name and zone with `gcloud "
-            "compute tpus tpu-vm list --zone=-` (--tpu, --tpu_zone, "
-            "--tpu_project)."
+    if is_answer and status == 404:
+        return MissingError(
+            f"there is no {where}. Look for it with `gcloud compute tpus "
+            "tpu-vm list --zone=-` (--tpu, --tpu_zone, --tpu_project)."
         )
     if status in (401, 403):
         return CloudTpuError(
-            f"these credentials may not ask about {where} (HTTP {status}): "
-            "the account needs the role TPU Viewer in the project, and the "
-            "project the Cloud TPU API (--tpu_project)."
+            f"these credentials may not ask about {where} (HTTP {status}: "
+            f"{said}): the account needs the role TPU Viewer in the project, "
+            "and the project the Cloud TPU API (--tpu_project)."
         )
     if status is not None:
-        return ApiError(f"the Cloud TPU API answered HTTP {status} on {where}.")
-    return ApiError(
-        f"the Cloud TPU API cannot be reached about {where} "
-        f"({type(error).__name__}: {str(error).splitlines()[0][:200]})."
-    )
+        return ApiError(
+            f"the Cloud TPU API answered HTTP {status} ({said}) on {where}."
+        )
+    return ApiError(f"the Cloud TPU API cannot be reached on {where} ({said}).")
+
+
+def _said(error: BaseException | None) -> str:
+    """The server's words if there are any, else the error's, in one line."""
+    text = " ".join(str(error).split())
+    quoted = re.search('returned "(.+?)"', text)
+    return quoted[1] if quoted else f"{type(error).__name__}: {text[:200]}"

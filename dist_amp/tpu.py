@@ -18,6 +18,7 @@ LOCAL = "local"
 # On each host of a TPU of several, as Google sets it.
 _HOSTS_VARIABLE = "TPU_WORKER_HOSTNAMES"
 _SECONDS_FOR_VERSION = 5.0
+_FIRST_HOST = "/job:worker/replica:0/task:0"
 
 
 def connect(
@@ -42,27 +43,29 @@ def connect(
             answer; the message says what to try.
     """
     check(tpu, zone=zone, project=project)
-
-    def initialize() -> tf.distribute.TPUStrategy:
-        resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
-            tpu=tpu, zone=zone, project=project
-        )
-        if tpu != LOCAL:
-            tf.config.experimental_connect_to_cluster(resolver)
-        tf.tpu.experimental.initialize_tpu_system(resolver)
-        return tf.distribute.TPUStrategy(resolver)
-
     try:
-        return cloud_tpu.within(
-            timeout, initialize, f"TPU {tpu!r}, which is to be initialized,"
+        strategy = cloud_tpu.within(
+            timeout,
+            lambda: _initialize(tpu, zone, project),
+            f"{_name(tpu)}, which is to be initialized,",
         )
     except cloud_tpu.ApiError as error:
+        raise CloudTpuError(f"{error} {_mend(tpu)}") from error
+    except tf.errors.NotFoundError as error:
         raise CloudTpuError(
-            f"{error} Another process may hold it: end it, or restart the "
-            "TPU. On one of several hosts of a TPU pass its name (--tpu)."
+            f"TensorFlow finds no {_name(tpu)}. {_mend(tpu)}"
         ) from error
     except (tf.errors.OpError, RuntimeError) as error:
-        raise CloudTpuError(_explained(tpu, error)) from error
+        first = (str(error).splitlines() or [""])[0][:200]
+        raise CloudTpuError(
+            f"{_name(tpu)} cannot be initialized ({type(error).__name__}: "
+            f"{first}). {_mend(tpu)}"
+        ) from error
+    if tpu != LOCAL:
+        # As TensorFlow does itself, but for the thread that connects: what is
+        # not for the TPU's cores runs on its first host, with the data.
+        tf.device(_FIRST_HOST).__enter__()
+    return strategy
 
 
 def check(
@@ -78,27 +81,33 @@ def check(
     Raises:
         CloudTpuError: It is not; the message says what to try.
     """
+    is_address = tpu.startswith("grpc://")
+    if tpu == LOCAL or is_address:
+        _check_no_place(tpu, zone, project)
     if tpu == LOCAL:
-        _check_local(zone, project)
+        _check_has_one_host()
         return
-    if tpu.startswith("grpc://"):
+    if is_address:
         addresses = cloud_tpu.addresses_of(tpu)
-        cloud_tpu.check_answers(addresses, f"the TPU at {tpu}")
-        _check_version(f"the TPU at {tpu}", _version_at(tpu))
+        cloud_tpu.check_answers(addresses, _name(tpu))
+        _check_version(tpu, _version_at(tpu))
         return
     node = cloud_tpu.look_up(tpu, zone=zone, project=project)
     cloud_tpu.check_usable(node)
-    _check_version(f"TPU {tpu!r}", node.version)
-    cloud_tpu.check_answers(node.addresses, f"TPU {tpu!r}")
+    _check_version(tpu, node.version)
+    cloud_tpu.check_answers(node.addresses, _name(tpu))
 
 
-def _check_local(zone: str | None, project: str | None) -> None:
+def _check_no_place(tpu: str, zone: str | None, project: str | None) -> None:
     for flag, value in (("tpu_zone", zone), ("tpu_project", project)):
         if value is not None:
             raise CloudTpuError(
-                f"`{flag}` would be ignored with `tpu='local'`: drop it, or "
+                f"`{flag}` would be ignored with `tpu={tpu!r}`: drop it, or "
                 f"pass the TPU's name (--tpu, --{flag})."
             )
+
+
+def _check_has_one_host() -> None:
     hosts = os.environ.get(_HOSTS_VARIABLE, "").split(",")
     if len(hosts) > 1:
         raise CloudTpuError(
@@ -120,35 +129,47 @@ def _version_at(tpu: str) -> str | None:
         return None
 
 
-def _check_version(what: str, version: str | None) -> None:
+def _check_version(tpu: str, version: str | None) -> None:
     """A remote host must run this TensorFlow; some images' names tell."""
     found = re.search(r"(?:^|tf-)(\d+\.\d+)", version or "")
     ours = ".".join(tf.__version__.split(".")[:2])
     if found and found[1] != ours:
         raise CloudTpuError(
-            f"{what} runs TensorFlow {found[1]} ({version}) and this program "
-            f"{ours}: install `tensorflow~={found[1]}.0` here, or create the "
-            "TPU with an image of this version (--runtime_version)."
+            f"{_name(tpu)} runs TensorFlow {found[1]} ({version}) and this "
+            f"program {ours}, and they must be the same: create the TPU with "
+            "an image of this version (--runtime_version)."
         )
 
 
-def _explained(tpu: str, error: Exception) -> str:
-    """One line; TensorFlow's own, which is long, stays the cause."""
-    first = (str(error).splitlines() or [""])[0][:200]
-    if isinstance(error, tf.errors.NotFoundError) or "TPU" not in first:
-        why = f"no TPU was found in {_place(tpu)}"
-    else:
-        why = f"the TPU of {_place(tpu)} cannot be initialized"
+def _initialize(
+    tpu: str, zone: str | None, project: str | None
+) -> tf.distribute.TPUStrategy:
+    resolver = tf.distribute.cluster_resolver.TPUClusterResolver(
+        tpu=tpu, zone=zone, project=project
+    )
+    if tpu != LOCAL:
+        tf.config.experimental_connect_to_cluster(
+            resolver, make_master_device_default=False
+        )
+    tf.tpu.experimental.initialize_tpu_system(resolver)
+    return tf.distribute.TPUStrategy(resolver)
+
+
+def _name(tpu: str) -> str:
     if tpu == LOCAL:
-        mend = (
+        return "TPU in this machine"
+    return f"TPU at {tpu}" if tpu.startswith("grpc://") else f"TPU {tpu!r}"
+
+
+def _mend(tpu: str) -> str:
+    if tpu == LOCAL:
+        return (
             "On a TPU VM install `tensorflow-tpu` in place of `tensorflow`, "
             "and end other programs that hold the TPU; elsewhere pass the "
-            "TPU's name (--tpu), or --strategy=auto"
+            "TPU's name (--tpu), or train without one (--strategy=auto)."
         )
-    else:
-        mend = "Pass the address of a TPU's host, or the TPU's name (--tpu)"
-    return f"{why} ({type(error).__name__}: {first}). {mend}."
-
-
-def _place(tpu: str) -> str:
-    return "this machine" if tpu == LOCAL else repr(tpu)
+    return (
+        "Look at its state (`python -m launch.cloud_tpu status`), end other "
+        "programs that hold it, and pass the TPU's name or the address of its "
+        "TensorFlow server (--tpu)."
+    )

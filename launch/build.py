@@ -90,6 +90,8 @@ def make_devices(config: TrainConfig) -> Devices:
         all_reduce=config.all_reduce,
         cluster=cluster if kind == "multi_worker" else None,
         tpu=config.tpu,
+        tpu_zone=config.tpu_zone,
+        tpu_project=config.tpu_project,
         timeouts=cluster_lib.Timeouts(
             startup=config.startup_timeout,
             collective=config.collective_timeout,

@@ -104,6 +104,14 @@ class TrainConfig:
     )
     all_reduce: str = flag("auto", "How gradients travel.", ALL_REDUCES)
     tpu: str | None = flag(None, 'Name or address of a TPU, or "local".')
+    tpu_zone: str | None = flag(
+        None,
+        "Of a TPU with a name, as us-west4-a. Default: this machine's, if it "
+        "is one of Google Cloud.",
+    )
+    tpu_project: str | None = flag(
+        None, "Of a TPU with a name: the project's id. Default: likewise."
+    )
     workers: tuple[str, ...] = flag(
         (),
         "host:port of every process of the job, the same list everywhere. "
@@ -115,7 +123,9 @@ class TrainConfig:
         "Kubernetes Indexed Job tell.",
     )
     startup_timeout: float = flag(
-        300.0, "Seconds to wait for a worker that has not come."
+        300.0,
+        "Seconds to wait for a worker that has not come, or a TPU that is "
+        "initialized.",
     )
     collective_timeout: float = flag(
         300.0,
@@ -370,6 +380,7 @@ class TrainConfig:
             _contradict(
                 "tpu", f"--strategy={self.strategy}", "drop one of them"
             )
+        self._check_place_of_tpu()
         self._check_workers()
         is_tpu = self.strategy == "tpu" or bool(self.tpu)
         if is_tpu and (self.devices or self.num_logical_cpus):
@@ -393,6 +404,19 @@ class TrainConfig:
                 "--strategy=one_device",
                 "there is nothing to reduce",
             )
+
+    def _check_place_of_tpu(self) -> None:
+        for name in ("tpu_zone", "tpu_project"):
+            if getattr(self, name) is None:
+                continue
+            if not self.tpu:
+                _contradict(name, "no --tpu", "pass the TPU's name as --tpu")
+            elif self.tpu == "local" or self.tpu.startswith("grpc://"):
+                _contradict(
+                    name,
+                    f"--tpu={self.tpu}",
+                    "only a TPU with a name is looked for; drop it",
+                )
 
     def _check_workers(self) -> None:
         if self.workers and self.strategy not in ("auto", "multi_worker"):

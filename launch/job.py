@@ -35,6 +35,9 @@ STOPPED = (138, 143)
 DEFAULT_RESTARTS = 20
 WRONG_SETTINGS = 2
 
+# What names the machines to train on, which a scheduler does.
+_NOT_FOR_JOBS = ("workers", "task_index", "tpu", "tpu_zone", "tpu_project")
+
 _Settings = TypeVar("_Settings")
 
 
@@ -137,7 +140,7 @@ def check_training(
     Raises:
         ConfigError: They do not; the message names the flag.
     """
-    for name in ("workers", "task_index", "tpu"):
+    for name in _NOT_FOR_JOBS:
         if getattr(config, name) not in (None, ()):
             raise ConfigError(
                 f"--{name} is not for a job's training: the job itself tells "

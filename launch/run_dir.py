@@ -38,6 +38,8 @@ _FREE = (
     "num_logical_cpus",
     "all_reduce",
     "tpu",
+    "tpu_zone",
+    "tpu_project",
     "workers",
     "task_index",
     "startup_timeout",

@@ -19,7 +19,7 @@ import dist_amp
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 MODULES = ["optimizer", "precision", "strategy", "trainer", "loss_scale"]
-MODULES += ["schedule", "checkpoint", "rollback"]
+MODULES += ["schedule", "checkpoint", "rollback", "cloud_tpu"]
 
 
 def blocks(language):
@@ -98,16 +98,36 @@ def test_the_jobs_of_the_readme_can_be_submitted(capsys):
         assert status == 0, capsys.readouterr().err
 
 
+def test_the_tpu_of_the_readme_can_be_created(capsys, tmp_path, monkeypatch):
+    from launch import cloud_tpu
+
+    (script,) = (code for code in blocks("sh") if "launch.cloud_tpu" in code)
+    flagfile, *lines = script.replace("\\\n", " ").splitlines()
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["sh", "-ec", flagfile], check=True, timeout=20)
+    for line in lines:
+        _, _, name, command, *arguments = shlex.split(line)
+        if command != "wait":
+            arguments = ["--dry_run", *arguments]
+            status = cloud_tpu.main([name, command, *arguments])
+            out, err = capsys.readouterr()
+            assert status == 0, err
+            assert out.startswith("gcloud compute tpus ")
+            assert "--zone=us-west4-a" in out
+
+
 def test_the_flags_of_the_readme_exist():
+    from launch.cloud_tpu import CloudTpuJob
     from launch.kubernetes import KubernetesJob
     from launch.local import LocalJob
     from launch.plan import PlanConfig
     from launch.slurm import SlurmJob
 
     words = re.findall(r"--(\w+)", "".join(blocks("sh")))
-    kinds = (PlanConfig, SlurmJob, KubernetesJob, LocalJob)
+    kinds = (PlanConfig, SlurmJob, KubernetesJob, LocalJob, CloudTpuJob)
     fields = {name for kind in kinds for name in kind.__dataclass_fields__}
-    own = {"help", "onto", "output"}  # of other programs than launch.train
+    # Of other programs than launch.train, and of all.
+    own = {"help", "onto", "output", "flagfile"}
     assert set(words) - own - {"signal"} <= fields
 
 

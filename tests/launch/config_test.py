@@ -74,6 +74,19 @@ def test_defaults_are_the_tutorials_job():
         ),
         ({"strategy": "mirrored", "tpu": "x"}, "--tpu contradicts"),
         ({"tpu": "x", "num_logical_cpus": 2}, "--num_logical_cpus contradicts"),
+        ({"tpu_zone": "z"}, "--tpu_zone contradicts no --tpu: pass"),
+        (
+            {"strategy": "tpu", "tpu_project": "p"},
+            "--tpu_project contradicts no --tpu: pass",
+        ),
+        (
+            {"tpu": "local", "tpu_zone": "z"},
+            "--tpu_zone contradicts --tpu=local: .* drop it",
+        ),
+        (
+            {"tpu": "grpc://10.0.0.2", "tpu_project": "p"},
+            "--tpu_project contradicts --tpu=grpc://10.0.0.2",
+        ),
         (
             {"jit_compile": True, "precision": "graph_float16"},
             "--jit_compile contradicts",

@@ -363,7 +363,7 @@ def test_every_way_to_stop_but_ctrl_c_asks_for_a_restart():
 
 
 def test_the_job_needs_no_tensorflow():
-    for program in ("slurm", "kubernetes"):
+    for program in ("slurm", "kubernetes", "cloud_tpu"):
         done = subprocess.run(
             [
                 sys.executable,
