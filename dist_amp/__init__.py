@@ -13,6 +13,7 @@ from dist_amp.precision import Precision, scope
 from dist_amp.rollback import RollbackPolicy
 from dist_amp.strategy import make_strategy
 from dist_amp.trainer import Trainer
+from dist_amp.verify import verify
 
 __version__ = "0.1.0"
 
@@ -26,5 +27,6 @@ __all__ = [
     "Trainer",
     "make_strategy",
     "scope",
+    "verify",
     "wrap_optimizer",
 ]

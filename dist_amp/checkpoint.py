@@ -8,7 +8,6 @@ only the chief writes.
 import contextlib
 import dataclasses
 import difflib
-import importlib.metadata
 import json
 import logging
 import math
@@ -31,7 +30,6 @@ _log = logging.getLogger(__name__)
 Variable: TypeAlias = keras.Variable | tf.Variable
 
 _SUMMED, _PER_REPLICA, _ARRAYS = "metrics", "per_replica", "arrays"
-_PACKAGES = ("tensorflow", "keras", "numpy")
 _MAX_SHOWN = 10
 _NOTHING, _FAILED = -1, -2
 _MAX_OF_A_STEP = 2**20
@@ -557,7 +555,8 @@ class Checkpointer:
 
 def versions() -> dict[str, str]:
     """What a checkpoint's bits depend on."""
-    return {name: importlib.metadata.version(name) for name in _PACKAGES}
+    packages: tuple[Any, ...] = (tf, keras, np)
+    return {package.__name__: package.__version__ for package in packages}
 
 
 def readable_size(num_bytes: float) -> str:

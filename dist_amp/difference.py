@@ -115,7 +115,7 @@ def differences(
     for name, values, others in zip(
         names.others, record.others, reference.others, strict=True
     ):
-        error = _distance(values[0], others[0])
+        error = distance(values[0], others[0])
         yield Difference(
             what=STATE, name=name, error=error, tolerance=tolerance.state
         )
@@ -129,16 +129,26 @@ def differences(
 def _of_gradients(
     record: Record, reference: Record, names: Names, tolerance: Tolerance
 ) -> Iterator[Difference]:
-    whole = float(np.sqrt(sum(_square(g) for g in reference.gradients)))
-    count = sum(g.size for g in reference.gradients)
-    for name, gradient, other in zip(
-        names.trainable, record.gradients, reference.gradients, strict=True
+    for name, gradient, other, floor in zip(
+        names.trainable,
+        record.gradients,
+        reference.gradients,
+        _floors(reference),
+        strict=True,
     ):
-        floor = _NOISE * whole * (other.size / count) ** 0.5
-        error = _distance(gradient, other, floor)
+        error = distance(gradient, other, floor)
         yield Difference(
             what=GRADIENT, name=name, error=error, tolerance=tolerance.gradient
         )
+
+
+def _floors(reference: Record) -> list[float]:
+    """Norms below which a variable's gradient is noise."""
+    whole = float(np.sqrt(sum(_square(g) for g in reference.gradients)))
+    count = sum(g.size for g in reference.gradients)
+    return [
+        _NOISE * whole * (g.size / count) ** 0.5 for g in reference.gradients
+    ]
 
 
 def _of_replicas(record: Record, names: Names) -> Iterator[Difference]:
@@ -150,7 +160,7 @@ def _of_replicas(record: Record, names: Names) -> Iterator[Difference]:
     )
     for paths, variables in groups:
         for name, (first, *rest) in zip(paths, variables, strict=True):
-            error = max((_distance(copy, first) for copy in rest), default=0.0)
+            error = max((distance(copy, first) for copy in rest), default=0.0)
             yield Difference(
                 what=REPLICAS, name=name, error=error, tolerance=1e-7
             )
@@ -164,14 +174,17 @@ def _of_updates(
     tolerance: Tolerance,
 ) -> Iterator[Difference]:
     """Of what each variable changed by, where its gradient is no noise."""
+    floors = _floors(reference)
     for i, name in enumerate(names.trainable):
+        if _square(reference.gradients[i]) < floors[i] ** 2:
+            continue
         new, old = record.trainable[i][0], before[i]
         expected = reference.trainable[i][0]
         gradient = np.abs(reference.gradients[i])
         is_clear = gradient >= tolerance.gradient * gradient.max(initial=0.0)
         change, wanted = (new - old)[is_clear], (expected - old)[is_clear]
         floor = 1e-6 * float(np.linalg.norm(expected))
-        error = _distance(change, wanted, floor)
+        error = distance(change, wanted, floor)
         yield Difference(
             what=VARIABLE, name=name, error=error, tolerance=tolerance.update
         )
@@ -184,10 +197,16 @@ def _relative(value: float, other: float) -> float:
     return float(np.max(np.abs(values - others) / (np.abs(others) + 1e-6)))
 
 
-def _distance(
+def distance(
     values: np.ndarray, others: np.ndarray, floor: float = 0.0
 ) -> float:
-    """Norm of the difference over the larger of the norm and the floor."""
+    """Norm of the difference over the larger of the norm and the floor.
+
+    Args:
+        values: Of any shape.
+        others: Of the same shape; what should be.
+        floor: Least that is divided by.
+    """
     if np.array_equal(values, others):
         return 0.0
     values, others = values.astype("float64"), others.astype("float64")

@@ -727,8 +727,16 @@ def set_moments(
 def generator_states(model: keras.Model) -> list[tf.Variable]:
     """State of each `tf.random.Generator` that a layer has, at any depth."""
     return [
-        value.state
+        state
         for layer in layers_of(model)
+        for state in generator_states_of(layer)
+    ]
+
+
+def generator_states_of(layer: keras.layers.Layer) -> list[tf.Variable]:
+    """State of each `tf.random.Generator` that a layer has itself."""
+    return [
+        value.state
         for value in vars(layer).values()
         if isinstance(value, tf.random.Generator)
     ]

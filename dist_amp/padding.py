@@ -2,7 +2,8 @@
 
 TPUs compile for one shape, so the slices of a smaller last batch are filled up
 with copies of their own examples (`data.split`), which weigh nothing in the
-loss. What looks at all rows of a batch is told here which of them to leave out.
+loss. CPUs cannot run some layers on no example, so an empty slice is given a
+row there. What looks at all rows is told here which of them to leave out.
 """
 
 import contextlib
@@ -33,9 +34,13 @@ def weights_of_rows(batch: Batch) -> tf.Tensor | None:
 
 
 @contextlib.contextmanager
-def heeded(batch: Batch) -> Iterator[None]:
-    """Where the layers of `heed` leave out what is no example."""
-    token = _weights.set(weights_of_rows(batch))
+def heeded(weights: tf.Tensor | None) -> Iterator[None]:
+    """Where the layers of `heed` leave out what is no example.
+
+    Args:
+        weights: Of `weights_of_rows`.
+    """
+    token = _weights.set(weights)
     try:
         yield
     finally:

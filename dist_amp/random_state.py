@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -18,6 +19,13 @@ def variables_of(model: keras.Model) -> list[keras.Variable | tf.Variable]:
     layer has for an attribute.
     """
     return [*_seeds(model), *optimizer_lib.generator_states(model)]
+
+
+def variables_of_layer(layer: keras.layers.Layer) -> list[Any]:
+    """Those of `variables_of` that a layer has itself."""
+    own = getattr(layer, "seed_generator", None)
+    states = [own.state] if own is not None else []
+    return [*states, *optimizer_lib.generator_states_of(layer)]
 
 
 def spread_seeds(model: keras.Model, first_replica: int = 0) -> None:

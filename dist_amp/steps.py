@@ -140,22 +140,23 @@ class Steps:
         process (TensorFlow 2.21), so the model is given a row of zeros then.
         """
         is_compiled = self.jit_compile and training  # without oneDNN
-        is_guarded = (
-            _may_be_empty(batch)
-            and self.is_on("CPU")
-            and not is_synchronized(self.model)  # which counts all rows
-        )
+        is_guarded = _may_be_empty(batch) and self.is_on("CPU")
         if is_compiled or not is_guarded:
             return self.model(batch.x, training=training)
         rows = tf.shape(batch.weight)[0]
-        x = tf.cond(
+        x, weights = tf.cond(
             rows > 0,
-            lambda: batch.x,
-            lambda: tf.nest.map_structure(_row_of_zeros, batch.x),
+            lambda: (batch.x, tf.ones([rows])),
+            lambda: (
+                tf.nest.map_structure(_row_of_zeros, batch.x),
+                tf.zeros([1]),
+            ),
         )
+        has_sums = training and is_synchronized(self.model)
+        with padding.heeded(weights if has_sums else None):
+            predictions = self.model(x, training=training)
         return tf.nest.map_structure(
-            lambda leaf: _first_rows(leaf, rows),
-            self.model(x, training=training),
+            lambda leaf: _first_rows(leaf, rows), predictions
         )
 
     def compute_loss(self, batch: Batch, predictions: Any) -> tf.Tensor:
@@ -317,9 +318,10 @@ class Steps:
 
     def prepare_layers(self) -> None:
         """See `fused.fuse` and `padding.heed`; the model must be built."""
-        if self.is_on("TPU"):  # where XLA fuses all by itself
+        has_sums = is_synchronized(self.model) and self.is_on("CPU")
+        if self.is_on("TPU") or has_sums:
             padding.heed(layers_of(self.model))
-        else:
+        if not self.is_on("TPU"):  # where XLA fuses all by itself
             fused.fuse(layers_of(self.model), on_cpu=self.is_on("CPU"))
 
     def spread_seeds(self) -> None:
@@ -346,7 +348,7 @@ class Steps:
         with (
             self.optimizer.micro_step_weight(batch.normalizer),
             fused.kernels(),
-            padding.heeded(batch),
+            padding.heeded(padding.weights_of_rows(batch)),
         ):
             self.train_step(batch)
         if statistics:

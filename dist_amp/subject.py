@@ -14,7 +14,6 @@ from dist_amp import strategy as strategy_lib
 from dist_amp.metrics import MetricsLike
 from dist_amp.optimizer import (
     DistributedOptimizer,
-    LossScaleOptimizer,
     layers_of,
     wrap_optimizer,
 )
@@ -107,9 +106,17 @@ class Subject:
         parts: What it is made of.
         variation: How it is made.
         spec: Of the global batches, first dimensions unknown.
+        records: Whether its gradients are to be written down.
     """
 
-    def __init__(self, parts: Parts, variation: Variation, spec: Any):
+    def __init__(
+        self,
+        parts: Parts,
+        variation: Variation,
+        spec: Any,
+        *,
+        records: bool = True,
+    ):
         self.parts = parts
         self.variation = variation
         self._spec = spec
@@ -128,7 +135,7 @@ class Subject:
         self._overflow = self._watch_apply() if variation.overflows else None
         self.trainer.build(self.dataset([]))
         self.turned_off = turn_off_noise(self.trainer.model)
-        self._probes = self._watch_gradients()
+        self._probes = self._watch_gradients() if records else []
 
     @property
     def batches_per_step(self) -> int:
@@ -143,7 +150,9 @@ class Subject:
 
     # -------------------------------------------------------------- updates
 
-    def step(self, batches: Sequence[Any], *, overflows: bool = False) -> Record:
+    def step(
+        self, batches: Sequence[Any], *, overflows: bool = False
+    ) -> Record:
         """One update.
 
         Args:
@@ -179,6 +188,10 @@ class Subject:
 
     # ---------------------------------------------------------------- state
 
+    def paths(self) -> list[str]:
+        """What the values of `state` are called."""
+        return [variable.path for variable in self._stateful()]
+
     def state(self) -> list[np.ndarray]:
         """Replica 0's values of all that is trained or counted."""
         return [_copies(variable)[0] for variable in self._stateful()]
@@ -189,11 +202,22 @@ class Subject:
             for copy in strategy_lib.local_copies(variable):
                 copy.assign(value)
 
+    def load_weights(self, other: "Subject") -> None:
+        """Takes the model's variables of a subject in any precision."""
+        mine, theirs = (
+            [*one.trainer.model.trainable_variables, *one.others]
+            for one in (self, other)
+        )
+        for variable, source in zip(mine, theirs, strict=True):
+            variable.assign(_copies(source)[0])
+
     def _stateful(self) -> list[Any]:
+        optimizer = self.trainer.optimizer
+        rate = optimizer.learning_rate  # a setting, which may differ
         return [
             *self.trainer.model.trainable_variables,
             *self.others,
-            *self.trainer.optimizer.variables,
+            *(v for v in optimizer.variables if v is not rate),
         ]
 
     # ------------------------------------------------------------- watching
@@ -218,7 +242,7 @@ class Subject:
                     probes[id(variable)].assign(dense)
             update(gradients, updated)
 
-        optimizer._update = watched  # type: ignore[method-assign]
+        optimizer._update = watched  # type: ignore
         return [probes[id(variable)] for variable in variables]
 
     def _watch_apply(self) -> tf.Variable:
@@ -268,7 +292,7 @@ def turn_off_noise(model: keras.Model) -> list[str]:
     found = []
     for layer in layers_of(model):
         for name in _NOISE:
-            value = getattr(layer, name, None)
+            value = vars(layer).get(name)  # no property, as of LSTM
             if isinstance(value, float) and value:
                 setattr(layer, name, 0.0)
                 found.append(layer.path)

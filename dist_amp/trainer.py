@@ -258,6 +258,30 @@ class Trainer(Steps):
                 self._end(self._fit)
         return self.model.history
 
+    def train_on(
+        self, dataset: tf.data.Dataset, *, num_steps: int = 1
+    ) -> dict[str, Any]:
+        """Runs some updates and nothing else, for loops of your own.
+
+        No epochs, callbacks or checkpoints; metrics add up until
+        `metrics.reset()`.
+
+        Args:
+            dataset: Global batches as in `fit`, at least `num_steps` of them
+                (times `gradient_accumulation_steps`).
+            num_steps: Updates.
+
+        Returns:
+            The logs as in `fit`: loss, metrics, loss scale and so on.
+        """
+        self.build(dataset)
+        parts = self.optimizer.gradient_accumulation_steps or 1
+        iterator = iter(self._feed(dataset).open(lambda: dataset))
+        logs = self._train_loop(
+            iterator, tf.constant(num_steps), tf.constant(parts)
+        )
+        return to_numbers(logs)
+
     def evaluate(
         self, dataset: tf.data.Dataset, *, steps: int | None = None
     ) -> dict[str, float]:
@@ -372,6 +396,31 @@ class Trainer(Steps):
         feed = self._feed(dataset)
         return feed.split(one_pass(dataset)).element_spec[0]
 
+    def untracked(self, dataset: DatasetLike) -> list[tf.Variable]:
+        """Variables that the train step uses and `state` leaves out.
+
+        Keras' global generator of random numbers, for one, which a layer
+        without a seed of its own draws from.
+
+        Args:
+            dataset: As in `fit`; only its shapes are looked at.
+        """
+        tracked = [
+            *(v for group in self.state().values() for v in group),
+            *self.metrics.variables,
+            *random_state.variables_of(self.model),
+        ]
+        if self.optimizer.stopwatch is not None:
+            tracked += self.optimizer.stopwatch.variables
+        inner = [getattr(v, "value", v) for v in tracked]
+        copies = [c for v in tracked for c in strategy_lib.local_copies(v)]
+        known = {id(v) for v in (*tracked, *inner, *copies)}
+        return [
+            variable
+            for variable in self._traced_loop(dataset).variables
+            if id(variable) not in known
+        ]
+
     # ------------------------------------------------------------ private
 
     def _traced_loop(self, dataset: DatasetLike) -> Any:
@@ -403,28 +452,6 @@ class Trainer(Steps):
         return Watchdog(
             self.strategy, self.beacon, report_dir=self.report_dir
         ).watching()
-
-    def _untracked(self, dataset: DatasetLike) -> list[tf.Variable]:
-        """What the train step uses and `state` leaves out.
-
-        Keras' global generator of random numbers, for one, which a layer
-        without a seed of its own draws from.
-        """
-        tracked = [
-            *(v for group in self.state().values() for v in group),
-            *self.metrics.variables,
-            *random_state.variables_of(self.model),
-        ]
-        if self.optimizer.stopwatch is not None:
-            tracked += self.optimizer.stopwatch.variables
-        inner = [getattr(v, "value", v) for v in tracked]
-        copies = [c for v in tracked for c in strategy_lib.local_copies(v)]
-        known = {id(v) for v in (*tracked, *inner, *copies)}
-        return [
-            variable
-            for variable in self._traced_loop(dataset).variables
-            if id(variable) not in known
-        ]
 
     def _check_combinations(self) -> None:
         parts = self.optimizer.gradient_accumulation_steps
@@ -553,7 +580,7 @@ class Trainer(Steps):
         directory: str | pathlib.Path,
         policy: SavePolicy,
     ) -> Checkpointer:
-        untracked = self._untracked(dataset)
+        untracked = self.untracked(dataset)
         if untracked and self.strategy.num_replicas_in_sync > 1:
             _log.warning(
                 "checkpoints do not hold %s, which the train step uses: add "

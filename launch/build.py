@@ -175,14 +175,14 @@ def make_trainer(
     # Again: what reading data took of the generators must change no weight.
     keras.utils.set_random_seed(config.seed)
     with dist_amp.scope(devices.strategy, devices.precision):
-        model = _make_model(config, data)
-        optimizer = _make_optimizer(config, _total_steps(config, data))
+        model = make_model(config, data)
+        optimizer = make_optimizer(config, data)
     for name in config.metrics:
         _check_metric(name)
     return dist_amp.Trainer(
         model,
         optimizer,
-        loss=_make_loss(config, model),
+        loss=make_loss(config, model),
         metrics=config.metrics,
         jit_compile=config.jit_compile,
     )
@@ -465,7 +465,8 @@ def _user_dataset(
     return lambda number: dataset(number).batch(config.batch_size)
 
 
-def _make_model(config: TrainConfig, data: Data) -> keras.Model:
+def make_model(config: TrainConfig, data: Data) -> keras.Model:
+    """The model of the flags; call it in a scope."""
     path = config.model
     if ":" not in path:
         path = f"dist_amp.models.{path}:build"
@@ -490,7 +491,8 @@ def _check_metric(name: str) -> None:
         ) from error
 
 
-def _make_loss(config: TrainConfig, model: keras.Model) -> Any:
+def make_loss(config: TrainConfig, model: keras.Model) -> Any:
+    """The loss of the flags, from logits or not as the model ends."""
     if ":" in config.loss:
         return _imported("loss", config.loss)
     class_name = config.loss
@@ -524,9 +526,11 @@ def _ends_in_probabilities(model: keras.Model) -> bool:
     return False
 
 
-def _make_optimizer(
-    config: TrainConfig, total_steps: int | None
+def make_optimizer(
+    config: TrainConfig, data: Data
 ) -> dist_amp.DistributedOptimizer:
+    """The optimizer of the flags, wrapped; call it in a scope."""
+    total_steps = _total_steps(config, data)
     optimizer_class = type(keras.optimizers.get(config.optimizer))
     options = {
         name: getattr(config, name)

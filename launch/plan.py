@@ -27,6 +27,7 @@ from launch.config import ConfigError, TrainConfig, check_positive, flag
 from launch.flags import read_command_line
 from launch.quiet import quiet_start
 from launch.run_dir import RunDir
+from launch.train import is_ours
 
 _GIB = 2**30
 
@@ -90,7 +91,9 @@ def main(argv: list[str]) -> int:
         if config is None:
             return 0
         return plan(config)
-    except (flags.Error, ConfigError) as error:
+    except (flags.Error, ValueError) as error:
+        if not is_ours(error):
+            raise
         print(f"error: {error}", file=sys.stderr)
         return 2
 
@@ -135,10 +138,7 @@ def _devices(config: PlanConfig) -> tuple[Any, int]:
     from launch import build
 
     if config.topology:
-        try:
-            number = ahead_of_time.num_cores(config.topology)
-        except ValueError as error:
-            raise ConfigError(str(error)) from error
+        number = ahead_of_time.num_cores(config.topology)
         # Two stand for all: each has its own copy of the variables here.
         made: Any = ahead_of_time.make_strategy(min(2, number))
         kind, reason = "tpu", config.topology

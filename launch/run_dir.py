@@ -5,6 +5,7 @@ import itertools
 import json
 import pathlib
 import platform
+import sys
 from importlib import metadata
 from typing import Any
 
@@ -142,5 +143,11 @@ class RunDir:
 
 
 def _versions() -> dict[str, str]:
-    versions = {package: metadata.version(package) for package in _PACKAGES}
+    versions = {package: _version(package) for package in _PACKAGES}
     return {"python": platform.python_version(), **versions}
+
+
+def _version(package: str) -> str:
+    """Of what is imported: on a TPU, tensorflow comes as tensorflow-tpu."""
+    module = sys.modules.get(package.replace("-", "_"))
+    return getattr(module, "__version__", None) or metadata.version(package)

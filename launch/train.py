@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
         run_dir.check(config)
         return train(config, run_dir)
     except (flags.Error, ValueError, FloatingPointError) as error:
-        if not _is_ours(error):
+        if not is_ours(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -211,7 +211,7 @@ def _beat(beacon: Any) -> Beat:
     return Beat(place.doing, place.seconds, must_end)
 
 
-def _is_ours(error: BaseException) -> bool:
+def is_ours(error: BaseException) -> bool:
     """Whether an error was raised here, and so speaks for itself.
 
     One from within a model or data of the user's needs its traceback.

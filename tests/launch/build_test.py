@@ -30,12 +30,12 @@ def model_of(*last):
     ],
 )
 def test_cross_entropies_take_what_the_model_ends_in(name, last, from_logits):
-    loss = build._make_loss(TrainConfig(loss=name), model_of(*last))
+    loss = build.make_loss(TrainConfig(loss=name), model_of(*last))
     assert loss.get_config()["from_logits"] is from_logits
 
 
 def test_other_losses_are_keras_own():
-    loss = build._make_loss(TrainConfig(loss="mean_squared_error"), model_of())
+    loss = build.make_loss(TrainConfig(loss="mean_squared_error"), model_of())
     assert isinstance(loss, keras.losses.MeanSquaredError)
 
 

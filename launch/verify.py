@@ -1,0 +1,132 @@
+"""Proves on this host that your model trains alike on any number of replicas.
+
+Each update is made on one device and on 2 and 4 replicas from the same state,
+and losses, gradients, variables and metrics are compared: with full and with
+smaller batches, with an overflow on one replica, with accumulated gradients,
+under XLA, after a save and a restore, and in the precision against float32.
+What differs is named, with the first update, the first variable and the usual
+cause. No GPU is needed. Writes verify.json.
+
+  python -m launch.verify --model=my_package.models:build --dataset=mnist
+  python -m launch.verify --precision=mixed_float16 --suites=replicas,overflow
+
+All flags of launch.train hold. Exit status: 0 equivalent, 1 not, 2 wrong
+settings.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import pathlib
+import sys
+
+from absl import flags
+
+from launch.config import ConfigError, TrainConfig, check_positive, flag
+from launch.flags import read_command_line
+from launch.quiet import quiet_start
+from launch.train import is_ours
+
+SUITES = (
+    "replicas",
+    "overflow",
+    "accumulation",
+    "xla",
+    "restart",
+    "precision",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VerifyConfig(TrainConfig):
+    """The settings of training, and of what is compared."""
+
+    num_steps: int = flag(20, "Updates of each comparison.")
+    num_replicas: tuple[str, ...] = flag(
+        ("2", "4"), "Replicas to compare one device with."
+    )
+    suites: tuple[str, ...] = flag(SUITES, "Comparisons to make.")
+    json: str = flag("verify.json", "Where the certificate goes as JSON.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive(self, "num_steps")
+        unknown = [name for name in self.suites if name not in SUITES]
+        if unknown or not self.suites:
+            raise ConfigError(
+                f"--suites must be out of {', '.join(SUITES)}. Received "
+                f"{','.join(self.suites)}."
+            )
+        for text in self.num_replicas:
+            if not text.isdigit() or int(text) < 2:
+                raise ConfigError(
+                    "--num_replicas must be numbers greater than 1, as 2,4. "
+                    f"Received {','.join(self.num_replicas)}."
+                )
+        for name in ("tpu", "workers", "devices", "num_logical_cpus"):
+            if getattr(self, name):
+                raise ConfigError(
+                    f"--{name} contradicts this program, which splits this "
+                    "host's CPU into --num_replicas: drop it."
+                )
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        """`num_replicas` as numbers."""
+        return tuple(map(int, self.num_replicas))
+
+
+def run() -> None:
+    """Entry point of the console command; never returns."""
+    sys.path.insert(0, "")  # as `python -m` does: the user's modules
+    sys.exit(main(sys.argv))
+
+
+def main(argv: list[str]) -> int:
+    """Prints the certificate; returns the exit status."""
+    try:
+        config = read_command_line(argv, VerifyConfig, __doc__)
+        return 0 if config is None else verify(config)
+    except (flags.Error, ValueError) as error:
+        if not is_ours(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def verify(config: VerifyConfig) -> int:
+    """Makes the certificate, prints it, writes it; see `main`."""
+    with quiet_start():
+        import tensorflow as tf
+
+        import dist_amp
+        from dist_amp import strategy
+        from launch import build
+
+        # Which takes the same function of many trainers for one retraced.
+        tf.get_logger().setLevel("ERROR")
+        strategy.use_logical_cpus(max(config.replicas))
+        strategy.find_devices()  # which initializes them
+    with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it prepares
+        data = build.load_data(config)
+    model_fn = functools.partial(build.make_model, config, data)
+    with quiet_start():  # float16 on CPUs has its own chatter
+        certificate = dist_amp.verify(
+            model_fn,
+            data.train,
+            optimizer_fn=functools.partial(build.make_optimizer, config, data),
+            loss=build.make_loss(config, model_fn()),
+            metrics=config.metrics,
+            precision=config.precision,
+            num_steps=config.num_steps,
+            num_replicas=config.replicas,
+            suites=config.suites,
+            seed=config.seed,
+        )
+    pathlib.Path(config.json).write_text(certificate.as_json())
+    print(certificate)
+    return 0 if certificate.passed else 1
+
+
+if __name__ == "__main__":
+    run()

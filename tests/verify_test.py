@@ -1,0 +1,513 @@
+"""The certificate: wrong trainings are caught and named, right ones pass."""
+
+import json
+import re
+import sys
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+
+import dist_amp
+from dist_amp.verify import SUITES
+from tests import support
+
+F, C = support.NUM_FEATURES, support.NUM_CLASSES
+layers = keras.layers
+
+
+def certify(make_model=support.make_mlp, **options):
+    """A short certificate of a small model."""
+    defaults = {
+        "optimizer_fn": support.make_sgd,
+        "loss": support.make_loss(),
+        "precision": "float32",
+        "num_steps": 3,
+        "num_replicas": [2],
+        "suites": ["replicas"],
+    }
+    dataset = options.pop("dataset", support.make_dataset())
+    return dist_amp.verify(make_model, dataset, **{**defaults, **options})
+
+
+def around(*inner):
+    """A classifier with some layers in it."""
+    return keras.Sequential(
+        [
+            keras.Input((F,)),
+            layers.Dense(8, activation="tanh"),
+            *inner,
+            layers.Dense(C, dtype="float32"),
+        ]
+    )
+
+
+def images():
+    x = np.random.default_rng(2).normal(size=(24, 6, 6, 2)).astype("float32")
+    return support.batched((x, support.make_arrays(24)[1]))
+
+
+def tokens(num_examples=24):
+    random = np.random.default_rng(3)
+    x = random.integers(1, 11, size=(num_examples, 5))
+    return support.batched((x, support.make_arrays(num_examples)[1]))
+
+
+# ------------------------------------------------------- what must not pass
+
+
+class Overridden(dist_amp.Trainer):
+    """A train step of the user's own, to be made wrong."""
+
+    def train_step(self, batch):
+        with tf.GradientTape() as tape:
+            predictions = self.model(batch.x, training=True)
+            loss = self.loss_of(batch, predictions)
+            scaled = self.optimizer.scale_loss(loss)
+        variables = self.model.trainable_variables
+        self.update(tape.gradient(scaled, variables), variables)
+        self.metrics.update(
+            batch, self.compute_loss(batch, predictions), predictions
+        )
+
+    def loss_of(self, batch, predictions):
+        return self.compute_loss(batch, predictions)
+
+    def update(self, gradients, variables):
+        self.optimizer.apply(gradients, variables)
+
+
+class MeanOfSlice(Overridden):
+    def train_step(self, batch):
+        with tf.GradientTape() as tape:
+            predictions = self.model(batch.x, training=True)
+            loss = tf.reduce_mean(self.loss.call(batch.y, predictions))
+        variables = self.model.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        self.metrics.update(
+            batch, self.compute_loss(batch, predictions), predictions
+        )
+
+
+class MeanOfMeans(MeanOfSlice):
+    def train_step(self, batch):
+        context = tf.distribute.get_replica_context()
+        with tf.GradientTape() as tape:
+            predictions = self.model(batch.x, training=True)
+            loss = tf.reduce_mean(self.loss.call(batch.y, predictions))
+            loss /= context.num_replicas_in_sync
+        variables = self.model.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        self.metrics.update(
+            batch, self.compute_loss(batch, predictions), predictions
+        )
+
+
+class DividesTwice(Overridden):
+    def loss_of(self, batch, predictions):
+        context = tf.distribute.get_replica_context()
+        loss = self.compute_loss(batch, predictions)
+        return loss / context.num_replicas_in_sync
+
+
+class ClipsFirst(Overridden):
+    def train_step(self, batch):
+        _, predictions, gradients = self.compute_gradients(batch)
+        gradients, _ = tf.clip_by_global_norm(gradients, 0.05)
+        self.optimizer.apply(gradients, self.model.trainable_variables)
+        loss = self.compute_loss(batch, predictions)
+        self.metrics.update(batch, loss, predictions)
+
+
+class Unsummed(Overridden):
+    def update(self, gradients, variables):
+        for gradient, variable in zip(gradients, variables, strict=True):
+            variable.assign_sub(0.1 * gradient)
+
+
+class RegularizesTwice(Overridden):
+    def train_step(self, batch):
+        with tf.GradientTape() as tape:
+            predictions = self.model(batch.x, training=True)
+            values = self.loss.call(batch.y, predictions)
+            loss = tf.reduce_sum(values * batch.weight)
+            loss += tf.add_n(self.model.losses)
+        variables = self.model.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        self.metrics.update(
+            batch, self.compute_loss(batch, predictions), predictions
+        )
+
+
+class Untracked(Overridden):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        with self.strategy.scope():
+            self.count = tf.Variable(0.0, trainable=False, name="my_count")
+
+    def update(self, gradients, variables):
+        self.count.assign_add(1.0)
+        factor = 1.0 / (1.0 + self.count)
+        self.optimizer.apply([g * factor for g in gradients], variables)
+
+
+class Centers(layers.Layer):
+    def call(self, inputs):
+        return inputs - tf.reduce_mean(inputs, axis=0)
+
+
+class RemembersItsSlice(layers.Layer):
+    def build(self, shape):
+        self.mean = self.add_weight(
+            shape=(shape[-1],),
+            initializer="zeros",
+            trainable=False,
+            name="mean",
+        )
+
+    def call(self, inputs, training=False):
+        if training:
+            self.mean.assign(tf.reduce_max(tf.abs(inputs), axis=0))
+        return inputs
+
+
+class Noise(layers.Layer):
+    def call(self, inputs):
+        return inputs + tf.random.normal(tf.shape(inputs))
+
+
+class Jitters(layers.Layer):
+    def __init__(self):
+        super().__init__()
+        self.seed_generator = keras.random.SeedGenerator(5)
+
+    def call(self, inputs):
+        noise = keras.random.normal(
+            tf.shape(inputs), seed=self.seed_generator, dtype=inputs.dtype
+        )
+        return inputs + noise
+
+
+class Speaks(layers.Layer):
+    def call(self, inputs):
+        text = tf.strings.length(tf.strings.as_string(inputs))
+        return inputs + 0.0 * tf.cast(text, inputs.dtype)
+
+
+class MeanOfMeansMetric(keras.metrics.Metric):
+    def __init__(self, name="mean_of_means", **kwargs):
+        super().__init__(name=name, **kwargs)
+        self.total = self.add_weight(name="total", initializer="zeros")
+        self.count = self.add_weight(name="count", initializer="zeros")
+
+    def update_state(self, y, predictions, sample_weight=None):
+        self.total.assign_add(
+            tf.reduce_mean(tf.cast(predictions, "float32") ** 2)
+        )
+        self.count.assign_add(1.0)
+
+    def result(self):
+        return self.total / self.count
+
+
+def contrastive(y, predictions):
+    """Values for each example, of all pairs in its batch."""
+    similarity = tf.matmul(predictions, predictions, transpose_b=True)
+    return tf.reduce_logsumexp(similarity, axis=-1)
+
+
+def scaled_sgd():
+    strategy = tf.distribute.get_strategy()
+    return support.make_sgd(0.05 * strategy.num_replicas_in_sync)
+
+
+def make_regularized():
+    return support.make_mlp(kernel_regularizer=keras.regularizers.L2(0.1))
+
+
+def make_large():
+    """Its activations leave float16's range and come back."""
+    return around(layers.Rescaling(1e5), layers.LayerNormalization())
+
+
+WRONG = {
+    "batch norm": (
+        {"make_model": lambda: around(layers.BatchNormalization())},
+        r"BatchNormalization without synchronized=True \(.*batch_norm.*\): "
+        "statistics are per replica",
+    ),
+    "mean of the slice": (
+        {"trainer": MeanOfSlice},
+        "2 times too large on 2 replicas: your `train_step` divides by the "
+        "local batch",
+    ),
+    "divided twice": (
+        {"trainer": DividesTwice},
+        "2 times too small on 2 replicas: your `train_step` divides by the "
+        "number of replicas a second time",
+    ),
+    "mean of means": (
+        {"trainer": MeanOfMeans},
+        "weighted wrongly: your `train_step` averages over each replica's",
+    ),
+    "clipped first": (
+        {"trainer": ClipsFirst},
+        r"clipped on each replica before they are summed.*verify_test.py:\d+",
+    ),
+    "not summed": (
+        {"trainer": Unsummed},
+        "not summed over the replicas.*self.optimizer.apply",
+    ),
+    "regularized on every replica": (
+        {"trainer": RegularizesTwice, "make_model": make_regularized},
+        r"own losses \(regularization\) are added whole on every replica",
+    ),
+    "not in the checkpoint": (
+        {"trainer": Untracked, "suites": ["restart"]},
+        "checkpoints do not hold my_count.*Trainer.state",
+    ),
+    "mixes examples": (
+        {"make_model": lambda: around(Centers(name="centers"))},
+        "layer .*centers mixes the examples of a batch",
+    ),
+    "state of a slice": (
+        {"make_model": lambda: around(RemembersItsSlice(name="memory"))},
+        "memory/mean is .* each replica's own slice",
+    ),
+    "noise without a seed": (
+        {"make_model": lambda: around(Noise())},
+        "random numbers",
+    ),
+    "noise with a seed": (
+        {"make_model": lambda: around(Jitters())},
+        "draws random numbers, other ones on each replica",
+    ),
+    "loss of pairs": (
+        {"loss": contrastive},
+        "loss of an example depends on the other examples",
+    ),
+    "scaled learning rate": (
+        {"optimizer_fn": scaled_sgd},
+        "learning rate depends on the number of replicas",
+    ),
+    "metric of means": (
+        {"metrics": [MeanOfMeansMetric()]},
+        "metric mean_of_means averages what replicas averaged",
+    ),
+    "not for XLA": (
+        {"make_model": lambda: around(Speaks()), "suites": ["xla"]},
+        "AsString",
+    ),
+    "too large for float16": (
+        {
+            "make_model": make_large,
+            "precision": "mixed_float16",
+            "suites": ["precision"],
+        },
+        "launch.numerics",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_training_is_caught_and_named(name):
+    options, cause = WRONG[name]
+    certificate = certify(**options)
+    failed = [case for case in certificate.cases if not case.passed]
+    assert not certificate.passed
+    assert failed
+    causes = "\n".join(case.cause for case in failed)
+    assert re.search(cause, causes), causes
+    assert "NOT EQUIVALENT" in str(certificate)
+
+
+# ----------------------------------------------------------- what must pass
+
+
+def make_convnet():
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            layers.Conv2D(4, 3, activation="relu"),
+            layers.BatchNormalization(synchronized=True),
+            layers.GlobalAveragePooling2D(),
+            layers.Dense(C, dtype="float32"),
+        ]
+    )
+
+
+def make_transformer():
+    inputs = keras.Input((5,), dtype="int32")
+    x = layers.Embedding(11, 8)(inputs)
+    attended = layers.MultiHeadAttention(2, 4, dropout=0.1)(x, x)
+    x = layers.LayerNormalization()(x + layers.Dropout(0.2)(attended))
+    x = layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, layers.Dense(C, dtype="float32")(x))
+
+
+def make_rnn():
+    return keras.Sequential(
+        [
+            keras.Input((5,), dtype="int32"),
+            layers.Embedding(11, 4, mask_zero=True),
+            layers.LSTM(6, dropout=0.1),
+            layers.Dense(C, dtype="float32"),
+        ]
+    )
+
+
+def make_two_heads():
+    inputs = keras.Input((F,))
+    x = layers.Dense(8, activation="tanh")(inputs)
+    return keras.Model(
+        inputs,
+        {
+            "kind": layers.Dense(C, dtype="float32")(x),
+            "size": layers.Dense(1, dtype="float32")(x),
+        },
+    )
+
+
+def make_shared():
+    left, right = keras.Input((3,)), keras.Input((3,))
+    shared = layers.Dense(4, activation="tanh")
+    x = layers.Concatenate()([shared(left), shared(right)])
+    return keras.Model([left, right], layers.Dense(C, dtype="float32")(x))
+
+
+def make_frozen():
+    model = support.make_mlp()
+    model.layers[0].trainable = False
+    return model
+
+
+def two_heads_dataset():
+    x, y = support.make_arrays(24)
+    return support.batched((x, {"kind": y, "size": x[:, :1]}))
+
+
+def shared_dataset():
+    x, y = support.make_arrays(24)
+    return support.batched(((x[:, :3], x[:, 3:]), y))
+
+
+RIGHT = {
+    "mlp with all": {"suites": SUITES, "num_steps": 4, "metrics": ["accuracy"]},
+    "mlp in bfloat16": {"precision": "mixed_bfloat16", "num_replicas": [4]},
+    "mlp in float16": {
+        "precision": "mixed_float16",
+        "suites": ["replicas", "overflow", "precision"],
+    },
+    "convolutions, synchronized": {
+        "make_model": make_convnet,
+        "dataset": images,
+        "num_replicas": [2, 4],
+    },
+    "transformer with dropout": {
+        "make_model": make_transformer,
+        "dataset": tokens,
+        "optimizer_fn": lambda: keras.optimizers.AdamW(
+            1e-2, global_clipnorm=1.0
+        ),
+    },
+    "recurrent, masked": {"make_model": make_rnn, "dataset": tokens},
+    "two losses": {
+        "make_model": make_two_heads,
+        "dataset": two_heads_dataset,
+        "loss": lambda: {
+            "kind": support.make_loss(),
+            "size": keras.losses.MeanSquaredError(),
+        },
+    },
+    "shared layers": {"make_model": make_shared, "dataset": shared_dataset},
+    "frozen layers": {"make_model": make_frozen},
+    "regularized": {"make_model": make_regularized, "metrics": ["accuracy"]},
+    "a step of the user's own": {"trainer": Overridden},
+    "averaged weights": {
+        "optimizer_fn": lambda: support.make_sgd(
+            use_ema=True, ema_momentum=0.9
+        ),
+        "suites": ["replicas", "restart"],
+    },
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_a_right_training_passes(name):
+    options = dict(RIGHT[name])
+    for key in ("dataset", "loss"):
+        if key in options:
+            options[key] = options[key]()
+    certificate = certify(**options)
+    assert certificate.passed, str(certificate)
+    assert all(case.cause is None for case in certificate.cases)
+
+
+# ---------------------------------------------------------- the certificate
+
+
+def test_it_names_the_first_update_and_variable():
+    certificate = certify(trainer=MeanOfSlice)
+    again, full, *_ = certificate.cases
+    assert (again.name, again.passed) == ("1 device again, full batches", True)
+    assert full.first_step == 0
+    assert "dense" in full.first_variable
+    assert full.first_variable.endswith("(gradient)")
+    assert full.max_error == pytest.approx(1.0, rel=1e-3)
+    assert full.tolerance == 1e-4
+
+
+def test_it_is_json():
+    content = json.loads(certify(num_steps=2).as_json())
+    assert content["passed"] is True
+    assert content["precision"] == "float32"
+    names = {"name", "passed", "max_error", "tolerance", "first_step"}
+    assert set(content["cases"][0]) == names | {"first_variable", "cause"}
+    assert all(case["passed"] for case in content["cases"])
+
+
+def test_every_suite_has_its_cases():
+    certificate = certify(
+        suites=SUITES, num_steps=2, precision="mixed_bfloat16"
+    )
+    names = [case.name for case in certificate.cases]
+    assert names == [
+        "1 device again, full batches",
+        "2 replicas, full batches",
+        "1 device again, smaller batches",
+        "2 replicas, smaller batches",
+        "2 replicas, overflow on replica 1",
+        "2 replicas, 2 accumulated batches",
+        "1 device, XLA",
+        "2 replicas, XLA",
+        "2 replicas, after a save and a restore",
+        "losses in bfloat16 and in float32",
+    ]
+
+
+def test_what_cannot_be_compared_is_left_out_and_told():
+    certificate = certify(
+        make_convnet, dataset=images(), suites=["xla"], num_steps=2
+    )
+    assert certificate.passed
+    (reason,) = certificate.left_out
+    assert reason.startswith("2 replicas, XLA: ")
+    assert reason in str(certificate)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"suites": ["replica"]}, "--suites"),
+        ({"num_replicas": [8]}, "--num_logical_cpus"),
+        ({"dataset": support.make_dataset(2, 2)}, "--global_batch_size"),
+    ],
+)
+def test_wrong_arguments_are_told(options, told):
+    with pytest.raises(ValueError, match=told):
+        certify(**options)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
