@@ -122,9 +122,17 @@ def test_the_flags_of_the_readme_exist():
     from launch.local import LocalJob
     from launch.plan import PlanConfig
     from launch.slurm import SlurmJob
+    from launch.verify import VerifyConfig
 
     words = re.findall(r"--(\w+)", "".join(blocks("sh")))
-    kinds = (PlanConfig, SlurmJob, KubernetesJob, LocalJob, CloudTpuJob)
+    kinds = (
+        PlanConfig,
+        VerifyConfig,
+        SlurmJob,
+        KubernetesJob,
+        LocalJob,
+        CloudTpuJob,
+    )
     fields = {name for kind in kinds for name in kind.__dataclass_fields__}
     # Of other programs than launch.train, and of all.
     own = {"help", "onto", "output", "flagfile"}
