@@ -464,9 +464,7 @@ class TrainConfig:
             )
         for name in ("wire_check_interval", "wire_error_bound"):
             if is_float32 and getattr(self, name) is not None:
-                _contradict(
-                    name, "--wire_dtype=float32", "which loses nothing"
-                )
+                _contradict(name, "--wire_dtype=float32", "which loses nothing")
         if self.wire_check_interval == 0 and self.wire_error_bound:
             _contradict(
                 "wire_error_bound",
