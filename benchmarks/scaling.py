@@ -16,7 +16,7 @@ from benchmarks.contest import Contender, Process
 from benchmarks.passes import Setting
 from launch import isolation, worker_process
 
-WIRES = ("", "float16")
+WIRES = ("", "float16", "bfloat16", "int8")
 _WARM_UP = 2
 
 

@@ -23,6 +23,7 @@ TRAIN_ONLY = (
     "examples_per_sec",
     "steps_per_sec",
     "learning_rate",
+    "wire_error",
 )
 
 

@@ -115,6 +115,7 @@ class Fit:
         self._saved_place: tuple[int, int, int] | None = None
         self._saved_at = time.monotonic()
         self._is_save_due = False
+        self._is_wire_exact = False
         self._search_end: tuple[int, int] | None = None
         self._has_searched = False
 
@@ -254,6 +255,7 @@ class Fit:
             before = read
             self._stream.advance(num_steps * per_step)
             position.step += num_steps
+            self._heed_wire(read)
             self._beacon.at_step(position.step)
             position.step_in_epoch += num_steps
             logs = rates.add_to(read, position.step_in_epoch)
@@ -448,6 +450,22 @@ class Fit:
             message = f"The loss jumped to {loss:.4g} {where}."
             raise BlowUpError(message, kind="spike", is_exact=True, **place)
         self.position.recent_losses = [*recent, loss][-NUM_RECENT:]
+
+    def _heed_wire(self, read: Mapping[str, Any]) -> None:
+        """Says so when a check of the gradients' sums went back to exact."""
+        wire = self._steps.optimizer.wire
+        is_exact = read.get("wire_error", 0.0) > wire.error_bound
+        if is_exact and not self._is_wire_exact and self._is_chief:
+            _log.warning(
+                "gradients travel exactly for the rest of the run: in %s a "
+                "checked sum was off by %.3g of its norm, more than %g "
+                "(--wire_error_bound); by step %d",
+                wire.dtype,
+                read["wire_error"],
+                wire.error_bound,
+                self.position.step,
+            )
+        self._is_wire_exact = is_exact
 
     def _check_weights(self) -> None:
         """A layer like ReLU can hide NaN from the loss: look at them too."""

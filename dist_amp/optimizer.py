@@ -24,6 +24,7 @@ import tensorflow as tf
 
 from dist_amp import precision as precision_lib
 from dist_amp import reduction
+from dist_amp import wire as wire_lib
 from dist_amp.loss_scale import LossScaleRule
 from dist_amp.stopwatch import Stopwatch
 
@@ -77,14 +78,22 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
     Args:
         inner: The `keras.optimizers.Optimizer` to wrap. It belongs to the
             wrapper from now on: do not apply it by itself.
-        wire_dtype: Dtype in which gradients are all-reduced. "float16" takes
-            half the bytes of float32, at the price of its rounding, and needs
-            a loss scale. By default they travel as they are.
+        wire_dtype: Dtype in which gradients are all-reduced; by default they
+            travel as they are. "float16" takes half the bytes of float32, at
+            the price of its rounding, and needs a loss scale. "bfloat16" takes
+            as many, rounds eight times as much, and needs none. "int8" takes a
+            quarter, for at most 32 replicas; what it loses a replica adds to
+            its next gradients. Sparse gradients keep to one process as they
+            are, and are dense between several.
+        wire_check_interval: Updates between checks, in `dist_amp.Trainer` or
+            `guarded`, of what the wire has lost; 0: never.
+        wire_error_bound: Norm of that by the norm of the exact sum. Beyond it
+            gradients travel exactly for the rest of the run.
         name: Name of the wrapper's own variables.
 
     Raises:
         TypeError: `inner` is not an optimizer, or one that wraps others.
-        ValueError: `wire_dtype` is none of these.
+        ValueError: `wire_dtype` is none of these, or not for this strategy.
 
     Example:
     >>> optimizer = dist_amp.DistributedOptimizer(keras.optimizers.SGD(0.5))
@@ -100,15 +109,22 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
         inner: keras.optimizers.Optimizer,
         *,
         wire_dtype: str | None = None,
+        wire_check_interval: int = wire_lib.CHECK_INTERVAL,
+        wire_error_bound: float = wire_lib.ERROR_BOUND,
         name: str | None = None,
     ):
         _check_can_wrap(inner)
-        _check_wire(wire_dtype, has_scale=isinstance(self, LossScaleOptimizer))
+        checks: dict[str, Any] = {
+            "check_interval": wire_check_interval,
+            "error_bound": wire_error_bound,
+        }
+        has_scale = isinstance(self, LossScaleOptimizer)
+        wire_lib.check(wire_dtype, has_scale=has_scale, **checks)
         # Explicit: a subclass may also derive from Keras' wrapper, whose
         # __init__ takes other arguments.
         keras.optimizers.Optimizer.__init__(self, learning_rate=0.0, name=name)
         self.inner_optimizer = inner
-        self.wire_dtype = wire_dtype
+        self.wire = wire_lib.Wire(wire_dtype, **checks)
         self.gradient_accumulation_steps = inner.gradient_accumulation_steps
         inner.gradient_accumulation_steps = None
         inner.loss_scale_factor = None
@@ -144,6 +160,7 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
             )
         self.inner_optimizer.build(variables)
         keras.optimizers.Optimizer.build(self, variables)
+        self.wire.build(self.add_variable, variables)
         if self._lowered:
             self._lowered.factor = self.add_variable(
                 (),
@@ -248,15 +265,16 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
             weight = getattr(self._in_replica, "weight", 1.0)
         gradients, variables = self._pair(grads, trainable_variables)
         if not self.gradient_accumulation_steps:
-            return self._attempt(self._all_reduce(gradients), variables)
+            sums = self._all_reduce(gradients, variables)
+            return self._attempt(sums, variables)
         if self._accumulates_locally is True:
             self._accumulate(gradients, variables, weight)
             return tf.constant(True)
         if self._accumulates_locally is False:
             self._accumulate(gradients, variables, weight)
             return self._attempt_accumulated(variables, is_reduced=False)
-        sums = self._all_reduce(gradients).unpack()
-        self._accumulate(sums, variables, weight)
+        reduced = self._all_reduce(gradients, variables).unpack()
+        self._accumulate(reduced, variables, weight)
         return tf.cond(
             self._micro_steps >= self.gradient_accumulation_steps,
             lambda: self._attempt_accumulated(variables, is_reduced=True),
@@ -287,17 +305,29 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
             del self._in_replica.weight
 
     def _all_reduce(
-        self, gradients: Sequence[reduction.Gradient]
+        self,
+        gradients: Sequence[reduction.Gradient],
+        variables: Sequence[keras.Variable],
     ) -> reduction.Packed:
         """The sums over all replicas; measures the wait, if asked to."""
-        packed = self._pack(gradients)
+        places = [self._get_variable_index(v) for v in variables]
+        scale = tf.convert_to_tensor(self.loss_scale)
+        sent = self.wire.with_feedback(gradients, places, scale)
+        packed = self._pack(sent)
         watch = self.stopwatch if gradients else None
         if watch:
             values = [reduction.values_of(g) for g in packed.tensors]
             begin = watch.start(values)
-        sums = reduction.all_reduce_sum(packed.tensors, self.wire_dtype)
+        sums, lost = self.wire.all_reduce(packed.tensors)
         if watch:
             watch.stop(begin, [reduction.values_of(g) for g in sums])
+        if self.wire.feedback:
+            self.wire.keep(
+                packed.with_tensors(lost).unpack(),
+                places,
+                scale,
+                has_arrived=reduction.is_all_finite(sums),
+            )
         return packed.with_tensors(sums)
 
     def _pack(
@@ -349,7 +379,11 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
             tf.math.divide_no_nan(tf.convert_to_tensor(a), total)
             for a in accumulators
         ]
-        packed = self._pack(means) if is_reduced else self._all_reduce(means)
+        packed = (
+            self._pack(means)
+            if is_reduced
+            else self._all_reduce(means, variables)
+        )
         applied = self._attempt(packed, variables)
         with tf.control_dependencies([applied]):
             for state in (
@@ -392,6 +426,41 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
                 inner._iterations.value, lambda counter: counter.assign_add(1)
             )
 
+    # ------------------------------------------------------------- the wire
+
+    @property
+    def wire_dtype(self) -> str | None:
+        """What gradients travel in; None: as they are."""
+        return self.wire.dtype
+
+    @property
+    def wire_error(self) -> Any:
+        """What the last checked sum has lost, scalar float32; 0.0 at first.
+
+        Norm of the difference by the norm of the exact sum.
+        """
+        return self.wire.error
+
+    @property
+    def feedback(self) -> list[keras.Variable]:
+        """What each replica's gradients have lost on their way so far.
+
+        Not among `variables`, since no two replicas have the same.
+        """
+        return self.wire.feedback
+
+    def guarded(self, run: Callable[[], Any]) -> None:
+        """Runs an update with the check of the wire, where it is time for it.
+
+        `dist_amp.Trainer` does so by itself. For a loop of your own, in a
+        `tf.function` and with the optimizer built.
+
+        Args:
+            run: Calls `strategy.run` of a step that calls `apply`.
+        """
+        attempts = tf.convert_to_tensor(self.iterations)
+        self.wire.guarded(attempts + self.skipped_updates, run)
+
     # -------------------------------------------------------------- saving
 
     def get_config(self) -> dict[str, Any]:
@@ -414,7 +483,9 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
         return {
             "name": self.name,
             "inner": serialized,
-            "wire_dtype": self.wire_dtype,
+            "wire_dtype": self.wire.dtype,
+            "wire_check_interval": self.wire.check_interval,
+            "wire_error_bound": self.wire.error_bound,
         }
 
     @classmethod
@@ -455,6 +526,8 @@ class LossScaleOptimizer(
             scale is fixed.
         wire_dtype: See `DistributedOptimizer`. In float16 a sum that
             overflows on its way is skipped like any other.
+        wire_check_interval: See `DistributedOptimizer`.
+        wire_error_bound: See `DistributedOptimizer`.
         name: Name of the wrapper's own variables.
 
     Raises:
@@ -484,6 +557,8 @@ class LossScaleOptimizer(
         min_scale: float = 2.0**-14,
         max_scale: float = 2.0**24,
         wire_dtype: str | None = None,
+        wire_check_interval: int = wire_lib.CHECK_INTERVAL,
+        wire_error_bound: float = wire_lib.ERROR_BOUND,
         name: str | None = None,
     ):
         rule = LossScaleRule(
@@ -499,7 +574,13 @@ class LossScaleOptimizer(
                 f"Received {initial_scale:g} with {min_scale:g} and "
                 f"{max_scale:g}."
             )
-        super().__init__(inner, wire_dtype=wire_dtype, name=name)
+        super().__init__(
+            inner,
+            wire_dtype=wire_dtype,
+            wire_check_interval=wire_check_interval,
+            wire_error_bound=wire_error_bound,
+            name=name,
+        )
         self.rule = rule
         self.initial_scale = initial_scale
         # Keras reads this name; ours is `growth_interval`.
@@ -610,6 +691,8 @@ def wrap_optimizer(
     *,
     loss_scale: str | float | None = "auto",
     wire_dtype: str | None = None,
+    wire_check_interval: int = wire_lib.CHECK_INTERVAL,
+    wire_error_bound: float = wire_lib.ERROR_BOUND,
     **loss_scale_options: Any,
 ) -> DistributedOptimizer:
     """Makes a Keras optimizer right for the current precision and strategy.
@@ -622,6 +705,8 @@ def wrap_optimizer(
             all elsewhere; "dynamic" and a positive number (a fixed scale)
             force it; None forbids it.
         wire_dtype: See `DistributedOptimizer`.
+        wire_check_interval: See `DistributedOptimizer`.
+        wire_error_bound: See `DistributedOptimizer`.
         **loss_scale_options: Further arguments of `LossScaleOptimizer`.
 
     Returns:
@@ -640,6 +725,12 @@ def wrap_optimizer(
     """
     if isinstance(optimizer, DistributedOptimizer):
         return optimizer
+    wire_lib.check_is_used(wire_dtype, wire_check_interval, wire_error_bound)
+    wire: dict[str, Any] = {
+        "wire_dtype": wire_dtype,
+        "wire_check_interval": wire_check_interval,
+        "wire_error_bound": wire_error_bound,
+    }
     if loss_scale == "auto":
         is_needed = precision_lib.current().needs_loss_scale
         loss_scale = "dynamic" if is_needed else None
@@ -650,12 +741,10 @@ def wrap_optimizer(
                 "loss scale in this precision. Pass `loss_scale='dynamic'` "
                 "to have one all the same (--loss_scale=dynamic)."
             )
-        return DistributedOptimizer(optimizer, wire_dtype=wire_dtype)
+        return DistributedOptimizer(optimizer, **wire)
     if loss_scale != "dynamic":
         loss_scale_options |= _fixed(loss_scale)
-    return LossScaleOptimizer(
-        optimizer, wire_dtype=wire_dtype, **loss_scale_options
-    )
+    return LossScaleOptimizer(optimizer, **wire, **loss_scale_options)
 
 
 def strategy_of(
@@ -781,20 +870,6 @@ def _check_can_wrap(inner: keras.optimizers.Optimizer) -> None:
         raise TypeError(
             "`inner` must not wrap other optimizers. Received "
             f"{type(inner).__name__}; pass the optimizer inside it."
-        )
-
-
-def _check_wire(wire_dtype: str | None, *, has_scale: bool) -> None:
-    if wire_dtype not in (None, "float16"):
-        raise ValueError(
-            '`wire_dtype` must be None or "float16". Received '
-            f"{wire_dtype!r} (--wire_dtype)."
-        )
-    if wire_dtype and not has_scale:
-        raise ValueError(
-            '`wire_dtype="float16"` needs a loss scale, so that what overflows '
-            'on the way is skipped; pass `loss_scale="dynamic"` '
-            "(--loss_scale=dynamic)."
         )
 
 

@@ -102,6 +102,7 @@ def make(
     *,
     num_replicas: int,
     per_replica_batch_size: int,
+    wire_dtype: str = "float32",
 ) -> Plan:
     """Traces the train step of one replica and reads the trace.
 
@@ -111,6 +112,7 @@ def make(
         dataset: As in `Trainer.fit`; only its shapes are looked at.
         num_replicas: That are to train; need not be here.
         per_replica_batch_size: Examples of each.
+        wire_dtype: What gradients are to travel in; a TPU's are traced.
     """
     step = _traced(trainer, dataset, per_replica_batch_size)
     program = None
@@ -124,7 +126,7 @@ def make(
         reduced = program.all_reduce_bytes
     elif num_replicas > 1:
         statistics = optimizer_lib.moving_statistics(model)
-        wire = tf.as_dtype(optimizer.wire_dtype or "float32").size
+        wire = tf.as_dtype(wire_dtype).size
         reduced = gradients * wire // 4 + memory.bytes_of(statistics)
     return Plan(
         precision=model.dtype_policy.compute_dtype,

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 import tensorflow as tf
 
+from dist_amp import quantized
 from dist_amp import strategy as strategy_lib
 
 Gradient: TypeAlias = tf.Tensor | tf.IndexedSlices
@@ -104,16 +105,16 @@ def all_reduce_sum(
     Args:
         gradients: One per variable: tensors of the variable's shape, or
             `tf.IndexedSlices` of it.
-        wire_dtype: What the gradients travel and are summed in, "float16";
-            by default as they are. What a sum loses by it is the same on
-            every replica. (TensorFlow's collectives carry no bfloat16.)
+        wire_dtype: What the gradients travel and are summed in, "float16" or
+            "bfloat16"; by default as they are. What a sum loses by it is the
+            same on every replica.
 
     Returns:
         The sums, in the same order and dtypes, equal on every replica.
     """
     summed = list(gradients)
     if tf.distribute.get_replica_context().num_replicas_in_sync > 1:
-        sent = [_cast(g, wire_dtype) for g in _for_collectives(summed)]
+        sent = [_cast(g, wire_dtype) for g in for_collectives(summed)]
         summed = [
             _cast(total, own.dtype)
             for total, own in zip(_all_reduce(sent), summed, strict=True)
@@ -124,6 +125,70 @@ def all_reduce_sum(
         else gradient
         for gradient in summed
     ]
+
+
+def all_reduce_quantized(
+    gradients: Sequence[Gradient],
+) -> tuple[list[Gradient], list[Gradient]]:
+    """The same in eight bits a number; see `quantized`.
+
+    Sparse gradients and those of float64 or of a shape that varies are summed
+    as they are.
+
+    Args:
+        gradients: As in `all_reduce_sum`.
+
+    Returns:
+        The sums, equal on every replica, and what each of this replica's own
+        gradients has lost on its way: at most half a quantum a number.
+    """
+    sums, lost = list(gradients), [zeros_like(g) for g in gradients]
+    small = {i: g for i, g in enumerate(gradients) if _is_quantized(g)}
+    if small:
+        found = _all_reduce_blocks(
+            [quantized.to_blocks(gradient) for gradient in small.values()]
+        )
+        for (i, gradient), (total, own) in zip(
+            small.items(), found, strict=True
+        ):
+            sums[i] = quantized.from_blocks(total, like=gradient)
+            lost[i] = quantized.from_blocks(own, like=gradient)
+    exact = [i for i in range(len(sums)) if i not in small]
+    for i, total in zip(
+        exact, all_reduce_sum([sums[i] for i in exact]), strict=True
+    ):
+        sums[i] = total
+    return sums, lost
+
+
+def _all_reduce_blocks(
+    blocks: list[tf.Tensor],
+) -> list[tuple[tf.Tensor, tf.Tensor]]:
+    """Sum and this replica's loss of each; all quanta are agreed on at once."""
+    strategy = tf.distribute.get_strategy()
+    is_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
+    # GPUs add integers of 32 bits on the host, TPUs know none of 64.
+    word = tf.int32 if is_tpu else tf.int64
+    magnitudes = [quantized.magnitudes(each) for each in blocks]
+    (total,) = _all_reduce([tf.concat(magnitudes, axis=0)])
+    quanta = tf.split(
+        quantized.quantum_of(total, strategy.num_replicas_in_sync),
+        [each.shape[0] for each in blocks],
+    )
+    units = list(map(quantized.quantize, blocks, quanta))
+    words = _all_reduce([quantized.to_words(each, word) for each in units])
+    sums = map(quantized.dequantize, map(quantized.from_words, words), quanta)
+    sent = map(quantized.dequantize, units, quanta)
+    lost = map(tf.subtract, blocks, sent)
+    return list(zip(sums, lost, strict=True))
+
+
+def _is_quantized(gradient: Gradient) -> bool:
+    return num_bytes(gradient) != float("inf") and gradient.dtype in (
+        tf.float32,
+        tf.float16,
+        tf.bfloat16,
+    )
 
 
 def _all_reduce(gradients: list[Gradient]) -> list[Gradient]:
@@ -142,7 +207,7 @@ def _all_reduce(gradients: list[Gradient]) -> list[Gradient]:
     return [totals[i] for i in range(len(gradients))]
 
 
-def _for_collectives(gradients: Sequence[Gradient]) -> list[Gradient]:
+def for_collectives(gradients: Sequence[Gradient]) -> list[Gradient]:
     """Dense where several workers sum: collectives want the same shape always.
 
     TensorFlow 2.21 gathers slices by collectives that fail as soon as their

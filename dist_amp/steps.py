@@ -3,6 +3,7 @@
 `Steps.train_step` is the heart of the library: read it first.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,11 @@ class Steps:
         self.train_replica = self._unconverted(self._train_replica)
         self.test_replica = self._unconverted(self._test_replica)
         self._run = self._unconverted(self._run_on_replicas)
+        self.run_update = (
+            self._run_guarded
+            if optimizer.wire.is_guarded
+            else functools.partial(self._run, self.train_replica)
+        )
         # Only for XLA: a nested function would forbid layers that talk to
         # other replicas, like synchronized batch norm.
         self._gradients = (
@@ -200,7 +206,10 @@ class Steps:
 
         def micro_step(iterator: Any, *, is_last: bool) -> None:
             with self.optimizer.accumulation(is_last=is_last):
-                self._run(self.train_replica, next(iterator))
+                if is_last:
+                    self.run_update(next(iterator))
+                else:
+                    self._run(self.train_replica, next(iterator))
 
         @tf.function
         def train_loop(
@@ -245,14 +254,14 @@ class Steps:
                 num_steps -= end - place
                 stack = _pack(spec, leaves)
                 for i in tf.range(place, end):
-                    self._run(self.train_replica, batch_of(stack, i))
+                    self.run_update(batch_of(stack, i))
                 place = end
             logs = self.read_train_logs()
             return logs, _pack(spec, leaves), place, num_stacks
 
         return stacked_loop
 
-    def make_lockstep(self, step: Callable[[Batch], None]) -> Any:
+    def make_lockstep(self, run: Callable[[Any], None]) -> Any:
         """Compiles `run(iterator) -> (has_run, had_batch)`.
 
         One step of all workers, as long as any of them has a batch left: the
@@ -260,7 +269,7 @@ class Steps:
         end must not be met within a step: counters would go on without data.
 
         Args:
-            step: Runs in a replica.
+            run: Runs a step on each replica's slice.
         """
         is_alone = strategy_lib.num_workers(self.strategy) == 1
 
@@ -280,7 +289,7 @@ class Steps:
             has_batch = batch.has_value()
             has_run = self._is_any(has_batch)
             if has_run:
-                self._run(step, value_of(batch))
+                run(value_of(batch))
             return has_run, has_batch
 
         return lockstep
@@ -366,6 +375,10 @@ class Steps:
             return []
         return moving_statistics(self.model)
 
+    def _run_guarded(self, slices: Batch | tuple[Batch, ...]) -> None:
+        """Trains on a batch; see `DistributedOptimizer.guarded`."""
+        self.optimizer.guarded(lambda: self._run(self.train_replica, slices))
+
     def _run_on_replicas(
         self, step: Callable[[Batch], None], slices: Batch | tuple[Batch, ...]
     ) -> None:
@@ -390,11 +403,15 @@ class Steps:
     def read_train_logs(self) -> dict[str, tf.Tensor]:
         """Metrics, and the optimizer's numbers; in cross-replica context."""
         optimizer = self.optimizer
+        checked = {}
+        if optimizer.wire.is_guarded:
+            checked["wire_error"] = tf.convert_to_tensor(optimizer.wire_error)
         return {
             **self.metrics.logs(),
             "loss_scale": tf.convert_to_tensor(optimizer.loss_scale),
             "skipped_updates": tf.convert_to_tensor(optimizer.skipped_updates),
             "learning_rate": tf.convert_to_tensor(optimizer.learning_rate),
+            **checked,
         }
 
 

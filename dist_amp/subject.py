@@ -306,18 +306,16 @@ _NOISE = ("rate", "stddev", "dropout", "recurrent_dropout")
 def _make_optimizer(
     optimizer: keras.optimizers.Optimizer, variation: Variation
 ) -> DistributedOptimizer:
-    """The user's, wrapped as the variation wants it."""
-    inner, wire_dtype = optimizer, None
+    """The user's, wrapped as the variation wants it, with an exact wire."""
+    inner = optimizer
     if isinstance(optimizer, DistributedOptimizer):
-        inner, wire_dtype = optimizer.inner_optimizer, optimizer.wire_dtype
+        inner = optimizer.inner_optimizer
         inner.gradient_accumulation_steps = (
             optimizer.gradient_accumulation_steps
         )
     if variation.accumulation is not None:
         inner.gradient_accumulation_steps = variation.accumulation
-    return wrap_optimizer(
-        inner, loss_scale=variation.loss_scale, wire_dtype=wire_dtype
-    )
+    return wrap_optimizer(inner, loss_scale=variation.loss_scale)
 
 
 def _times(gradient: Any, factor: tf.Tensor) -> Any:

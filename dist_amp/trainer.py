@@ -125,8 +125,10 @@ class Trainer(Steps):
         self._stacked_loop: Any = None
         self._stacked_spec: Any = None
         self._test_loop = self.make_test_loop()
-        self._train_lockstep = self.make_lockstep(self.train_replica)
-        self._test_lockstep = self.make_lockstep(self.test_replica)
+        self._train_lockstep = self.make_lockstep(self.run_update)
+        self._test_lockstep = self.make_lockstep(
+            functools.partial(self._run, self.test_replica)
+        )
         self._gather = None
         if strategy_lib.num_workers(strategy) > 1:
             self._gather = functools.partial(
@@ -409,6 +411,7 @@ class Trainer(Steps):
             *(v for group in self.state().values() for v in group),
             *self.metrics.variables,
             *random_state.variables_of(self.model),
+            *self.optimizer.feedback,
         ]
         if self.optimizer.stopwatch is not None:
             tracked += self.optimizer.stopwatch.variables
@@ -591,7 +594,7 @@ class Trainer(Steps):
         self._checkpointer = Checkpointer(
             str(directory),
             {**self.state(), **({"others": untracked} if untracked else {})},
-            summed=self.metrics.variables,
+            summed=[*self.metrics.variables, *self.optimizer.feedback],
             per_replica=random_state.variables_of(self.model),
             policy=policy,
             strategy=self.strategy,

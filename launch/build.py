@@ -544,13 +544,26 @@ def make_optimizer(
             config.gradient_accumulation_steps
         )
     inner = optimizer_class(_learning_rate(config, total_steps), **options)
-    wire = None if config.wire_dtype == "float32" else config.wire_dtype
     return dist_amp.wrap_optimizer(
         inner,
         loss_scale=_loss_scale(config.loss_scale),
-        wire_dtype=wire,
+        **_wire_options(config),
         **_loss_scale_options(config),
     )
+
+
+def _wire_options(config: TrainConfig) -> dict[str, Any]:
+    options = {
+        "wire_dtype": config.wire_dtype,
+        "wire_check_interval": config.wire_check_interval,
+        "wire_error_bound": config.wire_error_bound,
+    }
+    is_float32 = config.wire_dtype == "float32"
+    return {
+        name: value
+        for name, value in options.items()
+        if value is not None and not is_float32
+    }
 
 
 def _loss_scale(text: str) -> str | float | None:

@@ -151,9 +151,20 @@ class TrainConfig:
     loss_scale_max: float | None = flag(None, "Ceiling [2**24].")
     wire_dtype: str = flag(
         "float32",
-        "Dtype of gradients on their way between replicas; float16 halves the "
-        "bytes and needs a loss scale.",
-        ("float32", "float16"),
+        "Dtype of gradients on their way between replicas. float16 and "
+        "bfloat16 halve the bytes, float16 needs a loss scale; int8 quarters "
+        "them, and each replica makes up for what its gradients lose.",
+        ("float32", "float16", "bfloat16", "int8"),
+    )
+    wire_check_interval: int | None = flag(
+        None,
+        "Updates between checks of what gradients lose on their way; 0: "
+        "never [100].",
+    )
+    wire_error_bound: float | None = flag(
+        None,
+        "The loss's norm by the sum's norm; beyond it gradients travel in "
+        "float32 for the rest of the run [0.5].",
     )
     jit_compile: bool = flag(
         False, "Compiles the forward and backward pass with XLA."
@@ -358,6 +369,7 @@ class TrainConfig:
             "warmup_steps",
             "weight_decay",
             "save_every_epochs",
+            "wire_check_interval",
         ):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -448,8 +460,9 @@ class TrainConfig:
                 "wire_dtype",
                 f"--loss_scale={self.loss_scale} --precision={self.precision}",
                 "what overflows on the way must be skipped; pass "
-                "--loss_scale=dynamic",
+                "--loss_scale=dynamic, or --wire_dtype=bfloat16",
             )
+        self._check_wire()
         low = self.loss_scale_min or 2.0**-14
         high = self.loss_scale_max or 2.0**24
         first = self.loss_scale_initial or 2.0**15
@@ -475,6 +488,24 @@ class TrainConfig:
                 f"--precision={self.precision}",
                 "Grappler cannot rewrite what XLA compiles; pass a mixed_ "
                 "precision",
+            )
+
+    def _check_wire(self) -> None:
+        is_float32 = self.wire_dtype == "float32"
+        if self.strategy == "one_device" and not is_float32:
+            _contradict(
+                "wire_dtype",
+                "--strategy=one_device",
+                "gradients travel nowhere; drop the flag",
+            )
+        for name in ("wire_check_interval", "wire_error_bound"):
+            if is_float32 and getattr(self, name) is not None:
+                _contradict(name, "--wire_dtype=float32", "which loses nothing")
+        if self.wire_check_interval == 0 and self.wire_error_bound:
+            _contradict(
+                "wire_error_bound",
+                "--wire_check_interval=0",
+                "nothing is checked; drop one of them",
             )
 
     def _check_batch(self) -> None:
@@ -575,6 +606,7 @@ _POSITIVE = (
     "startup_timeout",
     "collective_timeout",
     "heartbeat_timeout",
+    "wire_error_bound",
 )
 
 

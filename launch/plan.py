@@ -107,9 +107,14 @@ def plan(config: PlanConfig) -> int:
         devices, num_replicas = _devices(config)
     with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it prepares
         data = build.load_data(config)
-    trainer = build.make_trainer(
-        dataclasses.replace(config, jit_compile=False), devices, data
+    traced = dataclasses.replace(
+        config,
+        jit_compile=False,
+        wire_dtype=config.wire_dtype if config.topology else "float32",
+        wire_check_interval=None,
+        wire_error_bound=None,
     )
+    trainer = build.make_trainer(traced, devices, data)
     rows = math.ceil(config.batch_size / num_replicas)
     content = _planned(config, trainer, data, (num_replicas, rows))
     status = 0
@@ -171,6 +176,7 @@ def _planned(
         data.train,
         num_replicas=num_replicas,
         per_replica_batch_size=rows,
+        wire_dtype=config.wire_dtype,
     )
     content = dataclasses.asdict(made)
     content |= {

@@ -63,6 +63,11 @@ class VerifyConfig(TrainConfig):
                     "--num_replicas must be numbers greater than 1, as 2,4. "
                     f"Received {','.join(self.num_replicas)}."
                 )
+        if self.wire_dtype != "float32":
+            raise ConfigError(
+                "--wire_dtype makes sums of replicas inexact, which is what "
+                "would be found: drop it."
+            )
         for name in ("tpu", "workers", "devices", "num_logical_cpus"):
             if getattr(self, name):
                 raise ConfigError(

@@ -15,13 +15,16 @@ HIDDEN = 8
 PARAMETERS = F * HIDDEN + HIDDEN + HIDDEN * C + C
 
 
-def make_plan(*args, num_replicas=1, rows=8, strategy=None, **options):
+def make_plan(
+    *args, num_replicas=1, rows=8, strategy=None, wire="float32", **options
+):
     trainer = support.make_trainer(*args, strategy=strategy, **options)
     return plan.make(
         trainer,
         support.make_dataset(),
         num_replicas=num_replicas,
         per_replica_batch_size=rows,
+        wire_dtype=wire,
     )
 
 
@@ -66,11 +69,7 @@ def test_replicas_share_the_batch():
 
 
 def test_a_wire_in_float16_is_half_the_bytes():
-    made = make_plan(
-        num_replicas=2,
-        precision="mixed_float16",
-        loss_scale_options={"wire_dtype": "float16"},
-    )
+    made = make_plan(num_replicas=2, wire="float16")
     assert made.all_reduce_bytes == 2 * PARAMETERS
 
 

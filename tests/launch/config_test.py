@@ -42,6 +42,31 @@ def test_defaults_are_the_tutorials_job():
             {"precision": "float32", "wire_dtype": "float16"},
             "--wire_dtype contradicts --loss_scale=auto --precision=float32",
         ),
+        ({"wire_dtype": "int4"}, "--wire_dtype must be one of"),
+        (
+            {"strategy": "one_device", "wire_dtype": "int8"},
+            "--wire_dtype contradicts --strategy=one_device",
+        ),
+        (
+            {"wire_check_interval": 10},
+            "--wire_check_interval contradicts --wire_dtype=float32",
+        ),
+        (
+            {"wire_dtype": "int8", "wire_check_interval": -1},
+            "--wire_check_interval must not be negative",
+        ),
+        (
+            {"wire_dtype": "int8", "wire_error_bound": 0.0},
+            "--wire_error_bound must be positive",
+        ),
+        (
+            {
+                "wire_dtype": "int8",
+                "wire_check_interval": 0,
+                "wire_error_bound": 0.1,
+            },
+            "--wire_error_bound contradicts --wire_check_interval=0",
+        ),
         (
             {"loss_scale": "dynamic", "loss_scale_max": 8.0},
             "--loss_scale_initial must be between",

@@ -156,7 +156,7 @@ def small_batches():
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What to train, and how."""
+    """What to train, and how; by how many replicas, to compare with."""
 
     dataset: Callable[[], tf.data.Dataset] = plain
     make_model: Callable[[], keras.Model] = support.make_mlp
@@ -166,6 +166,8 @@ class Case:
     fit: dict[str, Any] = dataclasses.field(default_factory=dict)
     validation: Callable[[], tf.data.Dataset] | None = None
     of_worker: Callable[[int], tf.data.Dataset] | None = None
+    num_replicas: int = 1
+    tolerance: str | None = None  # as of this precision; else its own
 
     def data(
         self, index: int | None
@@ -175,6 +177,12 @@ class Case:
             return self.of_worker(index), self.of_worker(index)
         validation = self.dataset if self.of_worker else self.validation
         return self.dataset(), validation and validation()
+
+
+def wired(dtype, **options):
+    """Gradients lose something on their way; each third update is checked."""
+    wire = {"wire_dtype": dtype, "wire_check_interval": 3}
+    return {"loss_scale_options": wire | options}
 
 
 SCALED = {"loss_scale_options": {"initial_scale": 2.0**10}}
@@ -228,6 +236,21 @@ CASES = {
     ),
     "stacks": Case(stacked),
     "several packs": Case(make_model=make_large),
+    "bfloat16 between": Case(options=wired("bfloat16"), num_replicas=2),
+    "int8 between": Case(options=wired("int8"), num_replicas=2),
+    "int8 between, embedding": Case(  # which stays sparse on one worker
+        fewer_tokens,
+        make_embedding,
+        options=wired("int8"),
+        num_replicas=2,
+        tolerance="mixed_bfloat16",
+    ),
+    "overflow, int8 between": Case(
+        poisoned(7),
+        precision="mixed_float16",
+        options=wired("int8", initial_scale=2.0**10),
+        num_replicas=2,
+    ),
 }
 
 
@@ -241,6 +264,7 @@ def train(
         case.make_model,
         case.make_optimizer,
         strategy=strategy,
+        num_replicas=case.num_replicas,
         precision=case.precision,
         **case.options,
     )
