@@ -16,6 +16,7 @@ from dist_amp.beacon import Beacon
 from dist_amp.callback_state import CallbackStates
 from dist_amp.checkpoint import Checkpointer, Restored, SavePolicy
 from dist_amp.metrics import to_numbers
+from dist_amp.overflow import Place, SkipReporter
 from dist_amp.pace import Pace, Rates
 from dist_amp.rollback import (
     NUM_RECENT,
@@ -116,6 +117,7 @@ class Fit:
         self._saved_at = time.monotonic()
         self._is_save_due = False
         self._is_wire_exact = False
+        self._skips: SkipReporter | None = None
         self._search_end: tuple[int, int] | None = None
         self._has_searched = False
 
@@ -155,6 +157,7 @@ class Fit:
             )
         else:
             self._stream.open(initial_epoch)
+        self._skips = _skip_reporter(self._steps)
         self._callbacks.on_train_begin()
         self._callback_states = CallbackStates(self._callbacks.callbacks)
         if restored:
@@ -253,8 +256,12 @@ class Fit:
                 )
             self._judge(read, before, num_steps, per_step)
             before = read
+            here = (self._stream.epoch, self._stream.batch)
             self._stream.advance(num_steps * per_step)
             position.step += num_steps
+            if self._skips:
+                place = Place(*here, num_steps, per_step)
+                self._skips.tell(read, position.step, place)
             self._heed_wire(read)
             self._beacon.at_step(position.step)
             position.step_in_epoch += num_steps
@@ -543,6 +550,19 @@ def blame(bad_inputs: int) -> str:
     return (
         "The input is finite, so the model or the learning rate is the "
         "cause: try a lower learning rate, `global_clipnorm`, or float32."
+    )
+
+
+def _skip_reporter(steps: Steps) -> SkipReporter | None:
+    optimizer = steps.optimizer
+    if not isinstance(optimizer, optimizer_lib.LossScaleOptimizer):
+        return None
+    return SkipReporter(
+        optimizer.overflows,
+        lambda: int(keras.ops.convert_to_numpy(optimizer.iterations)),
+        int(keras.ops.convert_to_numpy(optimizer.skipped_updates)),
+        replica_ids=steps.replica_ids,
+        num_replicas=steps.strategy.num_replicas_in_sync,
     )
 
 

@@ -26,6 +26,7 @@ from dist_amp import precision as precision_lib
 from dist_amp import reduction
 from dist_amp import wire as wire_lib
 from dist_amp.loss_scale import LossScaleRule
+from dist_amp.overflow import OverflowLog
 from dist_amp.stopwatch import Stopwatch
 
 _PRIVATE_NAMES = {
@@ -328,7 +329,7 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
                 scale,
                 has_arrived=reduction.is_all_finite(sums),
             )
-        return packed.with_tensors(sums)
+        return packed.summed(sums)
 
     def _pack(
         self, gradients: Sequence[reduction.Gradient]
@@ -599,6 +600,7 @@ class LossScaleOptimizer(
         self.step_counter = self._counter("good_steps", "int64")
         self._skipped_updates = self._counter("skipped_updates", "int64")
         self._skips_at_floor = self._counter("skips_at_floor", "int64")
+        self.overflows = OverflowLog(variables)
         super().build(variables)
 
     @property
@@ -608,7 +610,7 @@ class LossScaleOptimizer(
 
     @property
     def skipped_updates(self) -> Any:
-        """Updates skipped since the start, scalar int64."""
+        """Updates skipped since the start, scalar int64; see `overflows`."""
         return self._skipped_updates if self.built else 0
 
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
@@ -637,6 +639,7 @@ class LossScaleOptimizer(
             return tf.constant(True)
 
         def skip() -> tf.Tensor:
+            self._write_down(scale, packed, variables)
             self._count_skip(scale, packed.unpack(), variables)
             return tf.constant(False)
 
@@ -647,6 +650,22 @@ class LossScaleOptimizer(
         self.assign(self.dynamic_scale, next_scale)
         self.assign(self.step_counter, good_steps)
         return applied
+
+    def _write_down(
+        self,
+        scale: tf.Tensor,
+        packed: reduction.Packed,
+        variables: Sequence[keras.Variable],
+    ) -> None:
+        """For the log: which of this replica's gradients are not finite."""
+        sent = packed.with_tensors(packed.sent or packed.tensors)
+        attempts = tf.convert_to_tensor(self.iterations)
+        self.overflows.write(
+            sent.unpack(),
+            [self._get_variable_index(v) for v in variables],
+            attempts + tf.convert_to_tensor(self._skipped_updates),
+            scale,
+        )
 
     def _count_skip(
         self,

@@ -34,14 +34,20 @@ class Packed:
         tensors: The vectors, then all other gradients.
         groups: For each vector the shapes of the gradients in it, by their
             positions in the list that was packed.
+        sent: Of sums, what this replica put in, in the same order.
     """
 
     tensors: list[Gradient]
     groups: tuple[dict[int, tf.TensorShape], ...] = ()
+    sent: tuple[Gradient, ...] = ()
 
     def with_tensors(self, tensors: Sequence[Gradient]) -> "Packed":
         """The same gradients with other values, in the order of `tensors`."""
         return Packed(list(tensors), self.groups)
+
+    def summed(self, sums: Sequence[Gradient]) -> "Packed":
+        """Their sums over all replicas, in the order of `tensors`."""
+        return Packed(list(sums), self.groups, tuple(self.tensors))
 
     def unpack(self) -> list[Gradient]:
         """The gradients in the order in which they were packed."""

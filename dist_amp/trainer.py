@@ -415,6 +415,8 @@ class Trainer(Steps):
         ]
         if self.optimizer.stopwatch is not None:
             tracked += self.optimizer.stopwatch.variables
+        if isinstance(self.optimizer, optimizer_lib.LossScaleOptimizer):
+            tracked += self.optimizer.overflows.variables
         inner = [getattr(v, "value", v) for v in tracked]
         copies = [c for v in tracked for c in strategy_lib.local_copies(v)]
         known = {id(v) for v in (*tracked, *inner, *copies)}
@@ -662,9 +664,13 @@ class Trainer(Steps):
         paths = found[3].split(", ")
         names = ", ".join(paths[int(number)] for number in found[2].split())
         inputs = int(self.metrics.counts()["nonfinite_inputs"])
+        last = self.optimizer.overflows.read().describe(
+            self.replica_ids, self.strategy.num_replicas_in_sync
+        )
         return FloatingPointError(
             f"{found[1]} Gradients that are not finite: {names} (after step "
-            f"{self.global_step}). {blame(inputs)}"
+            f"{self.global_step}). The one before it was {last}. "
+            f"{blame(inputs)}"
         )
 
     def _prepare_test(
