@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from dist_amp import fused, padding, random_state, reduction, stopwatch
 from dist_amp import strategy as strategy_lib
-from dist_amp.data import Batch
+from dist_amp.data import REDUCTIONS, Batch
 from dist_amp.metrics import MetricSet, MetricsLike
 from dist_amp.optimizer import (
     DistributedOptimizer,
@@ -464,6 +464,22 @@ def _resolve_loss(loss: Any) -> Any:
     if isinstance(loss, str):
         return keras.losses.get(loss)
     return loss() if isinstance(loss, type) else loss
+
+
+def reduction_of(loss: Any) -> str:
+    """What the losses divide by; they must agree."""
+    losses = tf.nest.flatten(loss)
+    found = {
+        getattr(one, "reduction", "sum_over_batch_size") for one in losses
+    } or {"sum_over_batch_size"}
+    if found == {"mean"}:
+        return "sum_over_batch_size"
+    if len(found) > 1 or not found <= set(REDUCTIONS):
+        raise ValueError(
+            "All losses must have one `reduction`, out of "
+            f"{', '.join(REDUCTIONS)}. Received {sorted(map(str, found))}."
+        )
+    return found.pop()
 
 
 def _matched(loss: Any, y: Any, predictions: Any) -> list[tuple]:

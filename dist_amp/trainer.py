@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_amp import data, random_state
+from dist_amp import random_state
 from dist_amp import optimizer as optimizer_lib
 from dist_amp import strategy as strategy_lib
 from dist_amp.agreement import StopRequest
@@ -25,7 +25,7 @@ from dist_amp.fit import Fit, blame
 from dist_amp.metrics import MetricsLike, to_numbers
 from dist_amp.pace import Pace
 from dist_amp.rollback import RollbackPolicy
-from dist_amp.steps import Steps
+from dist_amp.steps import Steps, reduction_of
 from dist_amp.stream import (
     UNKNOWN_DIMENSION,
     DatasetLike,
@@ -413,7 +413,7 @@ class Trainer(Steps):
 
     def _check_combinations(self) -> None:
         parts = self.optimizer.gradient_accumulation_steps
-        if parts and _reduction_of(self.loss) == "sum":
+        if parts and reduction_of(self.loss) == "sum":
             raise ValueError(
                 "`gradient_accumulation_steps` takes means, so the loss must "
                 "not have `reduction='sum'`; pass 'sum_over_batch_size'."
@@ -454,7 +454,7 @@ class Trainer(Steps):
             self.strategy,
             self.replica_ids,
             dataset,
-            reduction=_reduction_of(self.loss),
+            reduction=reduction_of(self.loss),
             class_weight=class_weight,
         )
 
@@ -713,22 +713,6 @@ def _zeros(spec: tf.TensorSpec) -> tf.Tensor:
     batch_size, *shape = spec.shape
     sizes = [UNKNOWN_DIMENSION if n is None else n for n in shape]
     return tf.zeros([batch_size or 1, *sizes], spec.dtype)
-
-
-def _reduction_of(loss: Any) -> str:
-    """What the losses divide by; they must agree."""
-    losses = tf.nest.flatten(loss)
-    found = {
-        getattr(one, "reduction", "sum_over_batch_size") for one in losses
-    } or {"sum_over_batch_size"}
-    if found == {"mean"}:
-        return "sum_over_batch_size"
-    if len(found) > 1 or not found <= set(data.REDUCTIONS):
-        raise ValueError(
-            "All losses must have one `reduction`, out of "
-            f"{', '.join(data.REDUCTIONS)}. Received {sorted(map(str, found))}."
-        )
-    return found.pop()
 
 
 def _check_counts(**counts: Any) -> None:

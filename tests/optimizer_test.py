@@ -200,6 +200,7 @@ def test_a_list_of_another_length_is_refused():
     [
         (keras.optimizers.Adam(), "keras 3.15, Optimizer"),
         (keras.layers.Dense(1), "keras 3.15, Layer"),
+        (keras.DTypePolicy("float32"), "keras 3.15, DTypePolicy"),
         (
             tf.distribute.MirroredStrategy(["CPU:0"]).extended,
             "tensorflow 2.21, StrategyExtended",
