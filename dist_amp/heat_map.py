@@ -4,6 +4,7 @@ import dataclasses
 import html
 import math
 import pathlib
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from dist_amp.ranges import SMALLEST, SMALLEST_NORMAL, Range
 _LARGEST = 15  # exponent of float16's 65504
 _NARROWEST = (-32, 20)  # what the axis shows at least, and
 _WIDEST = (-56, 40)  # at most; what is beyond is drawn at its end
+_MAX_NAME = 40
+_SHADES = {"lost": "#f6d5d0", "few": "#fbeee0", "held": "#f3f6f9"}
 _TITLES = ("output", "gradient of the output", "gradient of the weights")
 
 
@@ -32,7 +35,7 @@ class Row:
 
 
 def rows_of(report: Report) -> list[Row]:
-    """The layers that were called, in the model's order."""
+    """The layers that compute and were called, in the model's order."""
     reasons = {pin.layer: pin.reasons for pin in report.advice.pins}
     return [
         Row(
@@ -45,7 +48,7 @@ def rows_of(report: Report) -> list[Row]:
             reasons.get(numbers.path, ()),
         )
         for numbers in report.layers
-        if numbers.num_calls
+        if numbers.num_calls and not numbers.only_passes_on
     ]
 
 
@@ -73,7 +76,7 @@ def write_png(report: Report, path: str | pathlib.Path) -> None:
             "page (`write_html`) shows the same without it."
         ) from error
     rows = rows_of(report)
-    figure = Figure(figsize=(13, 1.7 + 0.27 * len(rows)), dpi=150)
+    figure = Figure(figsize=(13, 1.55 + 0.27 * len(rows)), dpi=150)
     FigureCanvasAgg(figure)
     inches = figure.get_figheight()
     axes = figure.subplots(1, 3, sharey=True)
@@ -82,12 +85,20 @@ def write_png(report: Report, path: str | pathlib.Path) -> None:
         _draw(axis, [row.strips[index] for row in rows], low, high)
         axis.set_title(_TITLES[index], fontsize=10, loc="left", pad=18)
     _label(axes, rows)
-    figure.suptitle(_headline(report), x=0.012, ha="left", fontsize=11)
+    figure.suptitle(
+        re.sub(r"2\^(-?\d+)", r"$2^{\1}$", _headline(report)),
+        x=0.012,
+        y=1 - 0.1 / inches,
+        ha="left",
+        va="top",
+        fontsize=12,
+        fontweight="bold",
+    )
     figure.subplots_adjust(
         left=min(0.34, 0.03 + 0.0075 * _width(rows)),
         right=0.93,
-        bottom=0.5 / inches,
-        top=1 - 0.95 / inches,
+        bottom=0.35 / inches,
+        top=1 - 1.0 / inches,
         wspace=0.04,
     )
     figure.savefig(path)
@@ -103,7 +114,7 @@ def to_html(report: Report) -> str:
     rows = rows_of(report)
     low, high = _axis(rows)
     return _PAGE.format(
-        headline=html.escape(_headline(report)),
+        headline=_text(_headline(report)),
         advice="\n".join(_advice(report)),
         axis=_svg_axis(low, high),
         rows="\n".join(_card(row, low, high) for row in rows),
@@ -156,7 +167,11 @@ def _headline(report: Report) -> str:
 
 
 def _width(rows: Sequence[Row]) -> int:
-    return max(len(row.numbers.path) for row in rows)
+    return max(len(_short(row.numbers.path)) for row in rows)
+
+
+def _short(path: str) -> str:
+    return path if len(path) <= _MAX_NAME else f"\u2026{path[1 - _MAX_NAME :]}"
 
 
 def _draw(
@@ -166,12 +181,13 @@ def _draw(
     axis.set_xlim(low, high + 1)
     axis.set_ylim(len(strips) - 0.5, -0.5)
     for begin, end, shade in (
-        (low, SMALLEST, "#f6d5d0"),
-        (SMALLEST, SMALLEST_NORMAL, "#fbeee0"),
-        (_LARGEST + 1, high + 1, "#f6d5d0"),
+        (low, SMALLEST, _SHADES["lost"]),
+        (SMALLEST, SMALLEST_NORMAL, _SHADES["few"]),
+        (_LARGEST + 1, high + 1, _SHADES["lost"]),
     ):
         axis.axvspan(begin, end, color=shade, zorder=0, linewidth=0)
     for row, found in enumerate(strips):
+        axis.axhline(row, color="#dfe4ea", linewidth=0.6, zorder=1)
         for exponent, share in _shares(found, low, high).items():
             axis.barh(
                 row,
@@ -185,7 +201,7 @@ def _draw(
     for border in (SMALLEST, SMALLEST_NORMAL, _LARGEST + 1):
         axis.axvline(border, color="#b4463a", linewidth=0.8, zorder=3)
     texts = (
-        ((low + SMALLEST) / 2, "becomes 0"),
+        ((low + SMALLEST) / 2, "0"),
         ((SMALLEST + SMALLEST_NORMAL) / 2, "few bits"),
         ((SMALLEST_NORMAL + _LARGEST + 1) / 2, "float16"),
         ((_LARGEST + high + 2) / 2, "inf"),
@@ -205,7 +221,7 @@ def _draw(
 
 def _label(axes: Any, rows: Sequence[Row]) -> None:
     """Names on the left, errors on the right, powers of two below."""
-    names = [row.numbers.path for row in rows]
+    names = [_short(row.numbers.path) for row in rows]
     axes[0].set_yticks(range(len(rows)), names, fontsize=8)
     for label, row in zip(axes[0].get_yticklabels(), rows, strict=True):
         if row.reasons:
@@ -254,13 +270,23 @@ def _advice(report: Report) -> Iterator[str]:
     for pin in report.advice.pins:
         reasons = "; ".join(pin.reasons)
         yield (
-            f"<li><b>{html.escape(pin.layer)}</b> to float32: "
-            f"{html.escape(reasons)}</li>"
+            f"<li><b>{_text(pin.layer)}</b> to float32: {_text(reasons)}</li>"
         )
     if report.advice.loss_scale is not None:
-        yield f"<li>loss scale: {report.advice.window}</li>"
+        yield _text(f"loss scale: {report.advice.window}").join(
+            ("<li>", "</li>")
+        )
     for note in report.advice.notes:
-        yield f"<li>{html.escape(note)}</li>"
+        yield f"<li>{_text(note)}</li>"
+
+
+def _text(words: str) -> str:
+    """For HTML, with the exponents of two raised."""
+    return re.sub(
+        r"2\^(-?)(\d+)",
+        lambda m: f"2<sup>{'&minus;' * bool(m[1])}{m[2]}</sup>",
+        html.escape(words),
+    )
 
 
 def _card(row: Row, low: int, high: int) -> str:
@@ -275,12 +301,12 @@ def _card(row: Row, low: int, high: int) -> str:
         f"bfloat16 {percent(numbers.bfloat16_error)}"
     )
     reasons = "".join(
-        f'<p class="why">{html.escape(reason)}</p>' for reason in row.reasons
+        f'<p class="why">{_text(reason)}</p>' for reason in row.reasons
     )
     return (
         f'<section class="{"pin" if row.reasons else "fits"}">'
-        f"<h2>{html.escape(numbers.path)}"
-        f"<small>{html.escape(numbers.kind)} &middot; {errors}</small></h2>"
+        f"<h2>{_text(numbers.path)}"
+        f"<small>{_text(numbers.kind)} &middot; {errors}</small></h2>"
         f"{reasons}{''.join(lines)}</section>"
     )
 
@@ -305,7 +331,7 @@ def _strip(title: str, found: Range, low: int, high: int) -> str:
     if "gradient" in title and found.window:
         words.append(f"loss scale {found.window}")
     return (
-        f'<p class="what">{title}<span>{", ".join(words)}</span></p>'
+        f'<p class="what">{title}<span>{_text(", ".join(words))}</span></p>'
         f'<svg viewBox="0 0 {span} 1" preserveAspectRatio="none" role="img" '
         f'aria-label="{title}: {words[0]}">{_zones(low, high)}{cells}'
         f"{_borders(low)}</svg>"
@@ -321,7 +347,7 @@ def _zones(low: int, high: int) -> str:
     )
     return "".join(
         f'<rect class="{kind}" x="{begin - low}" y="0" '
-        f'width="{end - begin}" height="1"/>'
+        f'width="{end - begin}" height="1" fill="{_SHADES[kind]}"/>'
         for begin, end, kind in zones
     )
 
@@ -344,7 +370,7 @@ def _svg_axis(low: int, high: int) -> str:
     )
     return "".join(
         f'<span style="left:{100 * (begin - low) / span:.3f}%;'
-        f'width:{100 * (end - begin) / span:.3f}%"><i>{border}</i>{name}'
+        f'width:{100 * (end - begin) / span:.3f}%"><i>{_text(border)}</i>{name}'
         "</span>"
         for begin, end, name, border in zones
     )
@@ -381,6 +407,7 @@ h2 small {{ font-weight: normal; color: var(--soft); margin-left: .6rem }}
 .why {{ margin: 0 0 .2rem; font-size: .85rem }}
 .what {{ margin: .35rem 0 .1rem; font-size: .75rem; color: var(--soft);
   display: flex; flex-wrap: wrap; justify-content: space-between; gap: 0 1rem }}
+sup {{ font-size: .7em; line-height: 0 }}
 svg {{ display: block; width: 100%; height: 1.05rem; border-radius: 3px }}
 svg .lost {{ fill: var(--lost) }}
 svg .few {{ fill: var(--few) }}

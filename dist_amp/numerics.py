@@ -29,12 +29,18 @@ from dist_amp import data, probe
 from dist_amp import optimizer as optimizer_lib
 from dist_amp.data import Batch
 from dist_amp.layer_dtypes import is_switchable
+from dist_amp.layer_tree import (
+    LayerTree,
+    is_model,
+    only_passes_on,
+    with_parts,
+)
 from dist_amp.ranges import LARGEST, Range, Window, range_of
 from dist_amp.steps import Steps, reduction_of
 
 LOSS_SCALES = Window(2.0**-14, 2.0**24)  # those of LossScaleOptimizer
 
-_MAX_REASONS = 3
+_MAX_REASONS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +53,8 @@ class LayerNumerics:
         unit: The path of the layer to put in float32 if this one fails: of
             the outermost one around it that is no model.
         compute_dtype: What it computes in outside of the report.
+        only_passes_on: Whether it is a model of the functional API, which does
+            not compute by itself.
         num_calls: Calls over all batches; 0 if it was not called.
         inputs: Range of its inputs; None if none is a float.
         output: Range of its outputs.
@@ -63,6 +71,7 @@ class LayerNumerics:
     kind: str
     unit: str
     compute_dtype: str
+    only_passes_on: bool = False
     num_calls: int = 0
     inputs: Range | None = None
     output: Range | None = None
@@ -94,7 +103,7 @@ class Pin:
     Attributes:
         layer: Its path.
         reasons: In words.
-        index: Its number among all layers of the model.
+        index: Its place in `LayerTree.layers` of the model.
     """
 
     layer: str
@@ -172,8 +181,8 @@ def report(
     Args:
         model: A `keras.Model` in any dtype policy, or a `Trainer`, whose loss
             is taken. A trainer's `compute_loss` may be overridden.
-        batch: `x`, `(x, y)` or `(x, y, sample_weight)`; or a
-            `tf.data.Dataset` of several.
+        batch: `x`, `(x, y)` or `(x, y, sample_weight)`; or several, in a
+            `tf.data.Dataset` or an iterator.
         loss: As in `Trainer`; without it only activations are looked at.
         max_error: Relative error from which on a layer fails.
         max_lost: Share from which on a gradient counts as lost.
@@ -189,8 +198,10 @@ def report(
     """
     steps = _steps_of(model, loss)
     batches = list(_batches(steps, batch))
+    if not batches:
+        raise ValueError("The dataset is empty: it yields no batch.")
     _build(steps.model, batches[0].x)
-    tree = _Tree(steps.model)
+    tree = LayerTree(steps.model)
     found = _Found(tree)
     with probe.eager(steps.model):
         for one in batches:
@@ -234,15 +245,13 @@ def _steps_of(model: keras.Model | Steps, loss: Any) -> Steps:
 
 
 def _batches(steps: Steps, batch: Any) -> Iterator[Batch]:
-    dataset = batch
-    if not isinstance(batch, tf.data.Dataset):
-        dataset = tf.data.Dataset.from_tensors(batch)
-    slices = data.split(dataset, reduction=reduction_of(steps.loss))
-    first = None
-    for (first,) in slices:
-        yield first
-    if first is None:
-        raise ValueError("The dataset is empty: it yields no batch.")
+    is_many = isinstance(batch, tf.data.Dataset | Iterator)
+    for one in batch if is_many else [batch]:
+        dataset = tf.data.Dataset.from_tensors(one)
+        (whole,) = next(
+            iter(data.split(dataset, reduction=reduction_of(steps.loss)))
+        )
+        yield whole
 
 
 def _build(model: keras.Model, x: Any) -> None:
@@ -251,72 +260,18 @@ def _build(model: keras.Model, x: Any) -> None:
             model(x, training=False)
 
 
-class _Tree:
-    """The layers of a model with their paths and units."""
-
-    def __init__(self, model: keras.Model):
-        self.model = model
-        self.layers = list(optimizer_lib.layers_of(model))
-        self.index = {id(layer): i for i, layer in enumerate(self.layers)}
-        self.paths: dict[int, str] = {id(model): model.name}
-        self.units: dict[int, keras.layers.Layer] = {id(model): model}
-        self._taken: set[str] = set()
-        self._walk(model, "", None)
-
-    def _walk(
-        self,
-        parent: keras.layers.Layer,
-        prefix: str,
-        unit: keras.layers.Layer | None,
-    ) -> None:
-        for layer in optimizer_lib.children_of(parent):
-            if id(layer) in self.paths:  # shared
-                continue
-            path, number = prefix + layer.name, 1
-            while path in self._taken:
-                number += 1
-                path = f"{prefix}{layer.name}#{number}"
-            self._taken.add(path)
-            self.paths[id(layer)] = path
-            own = unit or layer
-            self.units[id(layer)] = own
-            is_unit = unit or not isinstance(layer, keras.Model)
-            self._walk(layer, f"{path}/", own if is_unit else None)
-
-    def path_of_unit(self, layer: keras.layers.Layer) -> str:
-        return self.paths[id(self.units[id(layer)])]
-
-    def members(self, unit: keras.layers.Layer) -> list[keras.layers.Layer]:
-        """What changes its dtype with a unit: a model alone, a layer whole."""
-        return [x for x in self.layers if self.units[id(x)] is unit]
-
-    def owners(self) -> list[keras.layers.Layer]:
-        """The innermost layer of each trainable variable of the model."""
-        owner: dict[int, keras.layers.Layer] = {}
-        size = {id(x): len(x.trainable_variables) for x in self.layers}
-        for layer in sorted(self.layers, key=lambda x: -size[id(x)]):
-            for variable in layer.trainable_variables:
-                owner[id(variable)] = layer
-        return [owner[id(v)] for v in self.model.trainable_variables]
-
-    def descendants(self, layer: keras.layers.Layer) -> list[Any]:
-        found = [layer]
-        for child in optimizer_lib.children_of(layer):
-            found += self.descendants(child)
-        return found
-
-
 class _Found:
     """The ranges of some runs, put together."""
 
-    def __init__(self, tree: _Tree):
+    def __init__(self, tree: LayerTree):
         self._tree = tree
         self._layers = {
             id(layer): LayerNumerics(
-                path=tree.paths[id(layer)],
+                path=tree.path_of(layer),
                 kind=type(layer).__name__,
-                unit=tree.path_of_unit(layer),
+                unit=tree.path_of(tree.unit_of(layer)),
                 compute_dtype=layer.compute_dtype,
+                only_passes_on=only_passes_on(layer),
             )
             for layer in tree.layers
         }
@@ -366,7 +321,7 @@ class _Found:
     def _errors(
         self, call: probe.Call, before: LayerNumerics
     ) -> dict[str, float | None]:
-        members = self._tree.descendants(call.layer)
+        members = with_parts(call.layer)
         errors = {}
         for dtype in ("float16", "bfloat16"):
             name = f"{dtype}_error"
@@ -383,9 +338,7 @@ class _Found:
 
     def variables(self) -> list[VariableNumerics]:
         return [
-            VariableNumerics(
-                variable.path, self._tree.paths[id(owner)], gradient
-            )
+            VariableNumerics(variable.path, self._tree.path_of(owner), gradient)
             for variable, owner, gradient in zip(
                 self._tree.model.trainable_variables,
                 self._tree.owners(),
@@ -413,7 +366,7 @@ class _Judge:
 
     def __init__(
         self,
-        tree: _Tree,
+        tree: LayerTree,
         layers: Sequence[LayerNumerics],
         variables: Sequence[VariableNumerics],
         max_error: float,
@@ -433,7 +386,7 @@ class _Judge:
         reasons = {
             id(unit): [
                 reason
-                for layer in self._tree.members(unit)
+                for layer in self._tree.members_of(unit)
                 for reason in self._forward(layer, unit)
             ]
             for unit in units
@@ -451,9 +404,9 @@ class _Judge:
                     reasons[id(unit)].append(words)
         pins = [
             Pin(
-                self._tree.paths[id(unit)],
+                self._tree.path_of(unit),
                 tuple(dict.fromkeys(reasons[id(unit)]))[:_MAX_REASONS],
-                self._tree.index[id(unit)],
+                self._tree.index_of(unit),
             )
             for unit in units
             if reasons[id(unit)]
@@ -463,7 +416,7 @@ class _Judge:
     def _units(self) -> list[keras.layers.Layer]:
         """What may be put in float32 and is not there already."""
         units = dict.fromkeys(
-            self._tree.units[id(layer)] for layer in self._tree.layers
+            self._tree.unit_of(layer) for layer in self._tree.layers
         )
         is_mixed = any(
             layer.compute_dtype in ("float16", "bfloat16")
@@ -472,7 +425,7 @@ class _Judge:
         return [
             unit
             for unit in units
-            if not _only_passes_on(unit)
+            if not only_passes_on(unit)
             and is_switchable(unit)
             and not (is_mixed and unit.compute_dtype == "float32")
         ]
@@ -488,7 +441,7 @@ class _Judge:
             ("input", numbers.inputs),
             ("output", numbers.output),
         ):
-            if found is None or (what == "output" and _is_model(layer)):
+            if found is None or (what == "output" and is_model(layer)):
                 continue
             if found.is_finite and found.num_over:
                 fits = False
@@ -497,7 +450,7 @@ class _Judge:
                     f"float16's {LARGEST:.0f}"
                 )
         error = numbers.float16_error
-        if not fits or error is None or _is_model(layer):
+        if not fits or error is None or is_model(layer):
             return
         if math.isinf(error):
             yield f"{where}it overflows within, in float16"
@@ -508,15 +461,15 @@ class _Judge:
         self, unit: keras.layers.Layer
     ) -> Iterator[tuple[str, Range, bool]]:
         """Its name, its range, and whether its sum counts."""
-        members = self._tree.members(unit)
-        paths = {self._tree.paths[id(layer)] for layer in members}
+        members = self._tree.members_of(unit)
+        paths = {self._tree.path_of(layer) for layer in members}
         for variable in self._variables:
             found = variable.gradient
             if variable.layer not in paths or found is None:
                 continue
             if found.largest > self._noise(variable.layer):
                 yield variable.path, found, False
-        if _is_model(unit):
+        if is_model(unit):
             return
         for layer in members:
             numbers = self._of[id(layer)]
@@ -611,18 +564,6 @@ class _Judge:
             elif found is None and any(v.gradient for v in self._variables):
                 notes.append(f"{variable.path}: the loss does not depend on it")
         return notes
-
-
-def _only_passes_on(layer: keras.layers.Layer) -> bool:
-    """Whether it neither computes nor casts: its layers do."""
-    is_graph = hasattr(layer, "operations")  # of the functional API
-    return isinstance(layer, keras.Sequential) or (
-        _is_model(layer) and is_graph
-    )
-
-
-def _is_model(layer: keras.layers.Layer) -> bool:
-    return isinstance(layer, keras.Model)
 
 
 @functools.singledispatch

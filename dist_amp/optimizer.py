@@ -546,6 +546,15 @@ class LossScaleOptimizer(
         scale = tf.convert_to_tensor(self.dynamic_scale) * factor
         self.dynamic_scale.assign(tf.maximum(scale, self.rule.min_scale))
 
+    def set_loss_scale(self, scale: float) -> None:
+        """Sets the loss scale, within its limits; call it on the host.
+
+        Args:
+            scale: The next update's.
+        """
+        limited = min(max(scale, self.rule.min_scale), self.rule.max_scale)
+        self.dynamic_scale.assign(limited)
+
     def _attempt(
         self, packed: reduction.Packed, variables: Sequence[keras.Variable]
     ) -> tf.Tensor:

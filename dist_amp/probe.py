@@ -127,9 +127,7 @@ def run(steps: Steps, batch: Batch, *, keeps_state: bool) -> Run:
         loss = None
         if steps.loss is not None or model.losses:
             loss = steps.compute_loss(batch, predictions)
-    tensors = [
-        t for c in calls for t in (*c.input_tensors, *c.output_tensors)
-    ]
+    tensors = [t for c in calls for t in (*c.input_tensors, *c.output_tensors)]
     if loss is None:
         return Run(None, calls, [None] * len(copies), {})
     found = tape.gradient(loss, [*copies, *tensors])

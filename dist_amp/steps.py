@@ -65,17 +65,20 @@ class Steps:
         self.train_replica = self._unconverted(self._train_replica)
         self.test_replica = self._unconverted(self._test_replica)
         self._run = self._unconverted(self._run_on_replicas)
-        # Only for XLA: a nested function would forbid layers that talk to
-        # other replicas, like synchronized batch norm.
-        self._gradients = (
-            tf.function(
-                self._unconverted(self.compute_gradients), jit_compile=True
-            )
-            if jit_compile
-            else self.compute_gradients
-        )
-
+        self._gradients = self._make_gradients()
         self._are_finite = tf.function(self._finite_flags, autograph=False)
+
+    def _make_gradients(self) -> Callable[..., Any]:
+        """Only for XLA it is a function of TensorFlow.
+
+        One within another would forbid layers that talk to other replicas,
+        like synchronized batch norm.
+        """
+        if not self.jit_compile:
+            return self.compute_gradients
+        return tf.function(
+            self._unconverted(self.compute_gradients), jit_compile=True
+        )
 
     def _unconverted(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Spares AutoGraph our own code; an override may be written for it."""

@@ -13,8 +13,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_amp import random_state
 from dist_amp import optimizer as optimizer_lib
+from dist_amp import random_state
 from dist_amp import strategy as strategy_lib
 from dist_amp.agreement import StopRequest
 from dist_amp.beacon import Beacon
@@ -22,6 +22,7 @@ from dist_amp.callbacks import Progress
 from dist_amp.checkpoint import Checkpointer, SavePolicy
 from dist_amp.feed import Feed
 from dist_amp.fit import Fit, blame
+from dist_amp.layer_dtypes import switch
 from dist_amp.metrics import MetricsLike, to_numbers
 from dist_amp.pace import Pace
 from dist_amp.rollback import RollbackPolicy
@@ -121,12 +122,7 @@ class Trainer(Steps):
         )
         model.optimizer = optimizer
         model.stop_training = False
-        self._train_loop = self.make_train_loop()
-        self._stacked_loop: Any = None
-        self._stacked_spec: Any = None
-        self._test_loop = self.make_test_loop()
-        self._train_lockstep = self.make_lockstep(self.train_replica)
-        self._test_lockstep = self.make_lockstep(self.test_replica)
+        self._make_loops()
         self._gather = None
         if strategy_lib.num_workers(strategy) > 1:
             self._gather = functools.partial(
@@ -357,7 +353,32 @@ class Trainer(Steps):
             len(inner.node_def) for inner in definition.library.function
         )
 
+    def pin(self, layers: Iterable[keras.layers.Layer]) -> None:
+        """Has layers compute in float32 from now on.
+
+        In a fit under way, call it at an epoch's end: the loops are traced
+        again. All workers must pin the same layers.
+
+        Args:
+            layers: Of the model, each with all that it is made of.
+        """
+        switch(layers, "float32")
+        self._gradients = self._make_gradients()
+        self._make_loops()
+        self._test_pace.is_traced = False
+        if self._fit:
+            self._fit.expect_trace()
+
     # ------------------------------------------------------------ private
+
+    def _make_loops(self) -> None:
+        """Compiled loops, to be traced when they are called."""
+        self._train_loop = self.make_train_loop()
+        self._stacked_loop: Any = None
+        self._stacked_spec: Any = None
+        self._test_loop = self.make_test_loop()
+        self._train_lockstep = self.make_lockstep(self.train_replica)
+        self._test_lockstep = self.make_lockstep(self.test_replica)
 
     def _traced_loop(self, dataset: DatasetLike) -> Any:
         """The graph that `fit` will run; it makes no iterator."""
