@@ -125,7 +125,8 @@ class AutoLayers(keras.callbacks.Callback):
         """Pins what was pinned; what is pinned already stays so."""
         self._is_calibrated = state["is_calibrated"]
         self._skipped = state["skipped"]
-        self._pin(state["indices"])
+        if self._pin(state["indices"]):
+            _log.info("float32 as before: %s", ", ".join(self.pinned))
 
     # ------------------------------------------------------------ private
 

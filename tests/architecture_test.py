@@ -81,7 +81,7 @@ def test_the_library_knows_no_flags_and_prints_nothing():
 def test_settings_are_checked_without_tensorflow():
     plain = ("config", "flags", "run_dir", "quiet", "train")
     jobs = ("job", "yaml_text", "slurm", "kubernetes")
-    for name in (*plain, *jobs, "findings", "host", "doctor"):
+    for name in (*plain, *jobs, "findings", "host", "doctor", "numerics"):
         tree = ast.parse((ROOT / "launch" / f"{name}.py").read_text())
         for node in tree.body:  # what is imported when the program starts
             if isinstance(node, ast.Import | ast.ImportFrom):

@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 MODULES = ["optimizer", "precision", "strategy", "trainer", "loss_scale"]
 MODULES += ["schedule", "checkpoint", "rollback"]
+MODULES += ["ranges", "numerics", "auto_layers"]
 
 
 def blocks(language):
@@ -99,13 +100,13 @@ def test_the_jobs_of_the_readme_can_be_submitted(capsys):
 
 
 def test_the_flags_of_the_readme_exist():
-    from launch.config import TrainConfig
     from launch.kubernetes import KubernetesJob
     from launch.local import LocalJob
+    from launch.numerics import NumericsConfig
     from launch.slurm import SlurmJob
 
     words = re.findall(r"--(\w+)", "".join(blocks("sh")))
-    kinds = (TrainConfig, SlurmJob, KubernetesJob, LocalJob)
+    kinds = (NumericsConfig, SlurmJob, KubernetesJob, LocalJob)
     fields = {name for kind in kinds for name in kind.__dataclass_fields__}
     own = {"help", "onto", "output"}  # of other programs than launch.train
     assert set(words) - own - {"signal"} <= fields
