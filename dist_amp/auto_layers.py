@@ -11,8 +11,8 @@ import tensorflow as tf
 from dist_amp import numerics
 from dist_amp import optimizer as optimizer_lib
 from dist_amp import strategy as strategy_lib
+from dist_amp.advice import Advice
 from dist_amp.layer_tree import LayerTree
-from dist_amp.numerics import Advice
 from dist_amp.ranges import Window
 from dist_amp.stream import DatasetLike, one_pass
 from dist_amp.trainer import Trainer

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from dist_amp.numerics import LayerNumerics, Report
+from dist_amp.advice import LayerNumerics
+from dist_amp.numerics import Report
 from dist_amp.ranges import SMALLEST, SMALLEST_NORMAL, Range
 
 _LARGEST = 15  # exponent of float16's 65504

@@ -1,10 +1,12 @@
 """The layers of a model with their paths, and which change dtype together."""
 
+from typing import TypeAlias
+
 import keras
 
 from dist_amp import optimizer as optimizer_lib
 
-_Layer = keras.layers.Layer
+_Layer: TypeAlias = keras.layers.Layer
 
 
 class LayerTree:

@@ -27,106 +27,19 @@ import tensorflow as tf
 
 from dist_amp import data, probe
 from dist_amp import optimizer as optimizer_lib
-from dist_amp.data import Batch
-from dist_amp.layer_dtypes import is_switchable
-from dist_amp.layer_tree import (
-    LayerTree,
-    is_model,
-    only_passes_on,
-    with_parts,
+from dist_amp.advice import (
+    Advice,
+    LayerNumerics,
+    Limits,
+    VariableNumerics,
+    advise,
 )
-from dist_amp.ranges import LARGEST, Range, Window, range_of
+from dist_amp.data import Batch
+from dist_amp.layer_tree import LayerTree, only_passes_on, with_parts
+from dist_amp.ranges import Range, Window, range_of
 from dist_amp.steps import Steps, reduction_of
 
 LOSS_SCALES = Window(2.0**-14, 2.0**24)  # those of LossScaleOptimizer
-
-_MAX_REASONS = 2
-
-
-@dataclasses.dataclass(frozen=True)
-class LayerNumerics:
-    """What goes through a layer, in float32, over all its calls.
-
-    Attributes:
-        path: Its name, behind those of the layers that it is part of.
-        kind: The name of its class.
-        unit: The path of the layer to put in float32 if this one fails: of
-            the outermost one around it that is no model.
-        compute_dtype: What it computes in outside of the report.
-        only_passes_on: Whether it is a model of the functional API, which does
-            not compute by itself.
-        num_calls: Calls over all batches; 0 if it was not called.
-        inputs: Range of its inputs; None if none is a float.
-        output: Range of its outputs.
-        input_gradient: Of the loss, by its inputs; None: the loss or a
-            variable before it does not depend on them.
-        output_gradient: Of the loss, by its outputs.
-        float16_error: Relative error of its output if it computes in float16,
-            given the same inputs: the norm of the difference over the norm.
-            Infinite if it overflows; None if it cannot be told.
-        bfloat16_error: The same in bfloat16.
-    """
-
-    path: str
-    kind: str
-    unit: str
-    compute_dtype: str
-    only_passes_on: bool = False
-    num_calls: int = 0
-    inputs: Range | None = None
-    output: Range | None = None
-    input_gradient: Range | None = None
-    output_gradient: Range | None = None
-    float16_error: float | None = None
-    bfloat16_error: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class VariableNumerics:
-    """The gradient of a trainable variable, in float32, unscaled.
-
-    Attributes:
-        path: The variable's.
-        layer: The path of its layer.
-        gradient: Its range; None if the loss does not depend on it.
-    """
-
-    path: str
-    layer: str
-    gradient: Range | None
-
-
-@dataclasses.dataclass(frozen=True)
-class Pin:
-    """A layer to put in float32, and why.
-
-    Attributes:
-        layer: Its path.
-        reasons: In words.
-        index: Its place in `LayerTree.layers` of the model.
-    """
-
-    layer: str
-    reasons: Sequence[str]
-    index: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Advice:
-    """What to do for float16.
-
-    Attributes:
-        pins: Layers to put in float32, in the model's order.
-        window: Loss scales at which the other layers' gradients fit; None if
-            there is no gradient, empty if there is no such scale.
-        loss_scale: The largest of them, at which the least becomes 0.
-        notes: What else is odd: not finite in float32 either, or no gradient.
-    """
-
-    pins: Sequence[Pin]
-    window: Window | None
-    loss_scale: float | None
-    notes: Sequence[str] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,8 +120,11 @@ def report(
         for one in batches:
             found.add(probe.run(steps, one, keeps_state=has_errors))
     layers, variables = found.layers(), found.variables()
-    advice = _Judge(tree, layers, variables, max_error, max_lost).advise(
-        loss_scales
+    advice = advise(
+        tree,
+        layers,
+        variables,
+        Limits(max_error, max_lost, loss_scales),
     )
     losses = [value for value in found.losses if value is not None]
     mean = sum(losses) / len(losses) if losses else None
@@ -320,9 +236,9 @@ class _Found:
 
     def _errors(
         self, call: probe.Call, before: LayerNumerics
-    ) -> dict[str, float | None]:
+    ) -> dict[str, Any]:
         members = with_parts(call.layer)
-        errors = {}
+        errors: dict[str, float | None] = {}
         for dtype in ("float16", "bfloat16"):
             name = f"{dtype}_error"
             both = (
@@ -358,212 +274,7 @@ def _merged(one: Range | None, other: Range | None) -> Range | None:
     return one.merged(other)
 
 
-# ------------------------------------------------------------------- judging
-
-
-class _Judge:
-    """Tells which units fail float16, and why."""
-
-    def __init__(
-        self,
-        tree: LayerTree,
-        layers: Sequence[LayerNumerics],
-        variables: Sequence[VariableNumerics],
-        max_error: float,
-        max_lost: float,
-    ):
-        self._tree = tree
-        self._of = {
-            id(layer): numbers
-            for layer, numbers in zip(tree.layers, layers, strict=True)
-        }
-        self._variables = variables
-        self._max_error = max_error
-        self._max_lost = max_lost
-
-    def advise(self, loss_scales: Window) -> Advice:
-        units = self._units()
-        reasons = {
-            id(unit): [
-                reason
-                for layer in self._tree.members_of(unit)
-                for reason in self._forward(layer, unit)
-            ]
-            for unit in units
-        }
-        left = [unit for unit in units if not reasons[id(unit)]]
-        gradients = {id(unit): list(self._gradients(unit)) for unit in left}
-        window = self._window([*gradients.values()], loss_scales)
-        scale = None
-        if window is not None:
-            scale = window.largest
-            for unit in left:
-                for _, words in self._failures(
-                    gradients[id(unit)], scale, window
-                ):
-                    reasons[id(unit)].append(words)
-        pins = [
-            Pin(
-                self._tree.path_of(unit),
-                tuple(dict.fromkeys(reasons[id(unit)]))[:_MAX_REASONS],
-                self._tree.index_of(unit),
-            )
-            for unit in units
-            if reasons[id(unit)]
-        ]
-        return Advice(pins, window, scale, self._notes())
-
-    def _units(self) -> list[keras.layers.Layer]:
-        """What may be put in float32 and is not there already."""
-        units = dict.fromkeys(
-            self._tree.unit_of(layer) for layer in self._tree.layers
-        )
-        is_mixed = any(
-            layer.compute_dtype in ("float16", "bfloat16")
-            for layer in self._tree.layers
-        )
-        return [
-            unit
-            for unit in units
-            if not only_passes_on(unit)
-            and is_switchable(unit)
-            and not (is_mixed and unit.compute_dtype == "float32")
-        ]
-
-    def _forward(
-        self, layer: keras.layers.Layer, unit: keras.layers.Layer
-    ) -> Iterator[str]:
-        """Why a layer fails on the way forward."""
-        numbers = self._of[id(layer)]
-        where = "" if layer is unit else f"{numbers.path}: "
-        fits = True
-        for what, found in (
-            ("input", numbers.inputs),
-            ("output", numbers.output),
-        ):
-            if found is None or (what == "output" and is_model(layer)):
-                continue
-            if found.is_finite and found.num_over:
-                fits = False
-                yield (
-                    f"{where}its {what} reaches {found.largest:.3g}, beyond "
-                    f"float16's {LARGEST:.0f}"
-                )
-        error = numbers.float16_error
-        if not fits or error is None or is_model(layer):
-            return
-        if math.isinf(error):
-            yield f"{where}it overflows within, in float16"
-        elif error > self._max_error:
-            yield f"{where}its output is off by {error:.1%} in float16"
-
-    def _gradients(
-        self, unit: keras.layers.Layer
-    ) -> Iterator[tuple[str, Range, bool]]:
-        """Its name, its range, and whether its sum counts."""
-        members = self._tree.members_of(unit)
-        paths = {self._tree.path_of(layer) for layer in members}
-        for variable in self._variables:
-            found = variable.gradient
-            if variable.layer not in paths or found is None:
-                continue
-            if found.largest > self._noise(variable.layer):
-                yield variable.path, found, False
-        if is_model(unit):
-            return
-        for layer in members:
-            numbers = self._of[id(layer)]
-            for what, found in (
-                ("output", numbers.output_gradient),
-                ("input", numbers.input_gradient),
-            ):
-                if found:
-                    yield f"the {what} of {numbers.path}", found, True
-
-    def _noise(self, path: str) -> float:
-        """What rounding may leave of a variable's gradient that is 0.
-
-        That of a bias before a normalization is, or of the keys' bias in
-        attention: a sum over the batch of which each term meets its opposite.
-        """
-        numbers = next(n for n in self._of.values() if n.path == path)
-        if numbers.output_gradient is None:
-            return 0.0
-        factor = max(1.0, numbers.inputs.largest if numbers.inputs else 1.0)
-        return 2.0**-22 * factor * numbers.output_gradient.sum
-
-    def _failures(
-        self,
-        gradients: Iterable[tuple[str, Range, bool]],
-        scale: float,
-        window: Window,
-    ) -> Iterator[tuple[str, str]]:
-        """Which gradients do not fit at a loss scale, with words."""
-        for name, found, by_sum in gradients:
-            if not found.is_finite:
-                continue
-            if scale > found.ceiling:
-                yield (
-                    name,
-                    f"the gradient of {name} reaches {found.largest:.3g}: it "
-                    "overflows at each loss scale that the other layers need "
-                    f"({window})",
-                )
-                continue
-            lost = found.sum_lost(scale) if by_sum else found.share_lost(scale)
-            if lost > self._max_lost:
-                yield (
-                    name,
-                    f"{lost:.1%} of the gradient of {name} is lost even at "
-                    f"the best loss scale, 2^{math.log2(scale):.0f}",
-                )
-
-    def _window(
-        self,
-        gradients: Sequence[Sequence[tuple[str, Range, bool]]],
-        loss_scales: Window,
-    ) -> Window | None:
-        """The loss scales at which the fewest units fail."""
-        if not any(gradients):
-            return None
-        low, high = (
-            round(math.log2(s))
-            for s in (loss_scales.smallest, loss_scales.largest)
-        )
-        scales = [2.0**exponent for exponent in range(low, high + 1)]
-        counts = [
-            sum(
-                any(self._failures(one, scale, loss_scales))
-                for one in gradients
-            )
-            for scale in scales
-        ]
-        last = max(i for i, n in enumerate(counts) if n == min(counts))
-        first = last
-        while first and counts[first - 1] == counts[last]:
-            first -= 1
-        return Window(scales[first], scales[last])
-
-    def _notes(self) -> list[str]:
-        notes = []
-        for numbers in self._of.values():
-            if numbers.output and not numbers.output.is_finite:
-                inputs = numbers.inputs
-                if inputs is None or inputs.is_finite:
-                    notes.append(
-                        f"{numbers.path}: its output is not finite in float32 "
-                        "either"
-                    )
-        for variable in self._variables:
-            found = variable.gradient
-            if found and not found.is_finite:
-                notes.append(
-                    f"{variable.path}: its gradient is not finite in float32 "
-                    "either"
-                )
-            elif found is None and any(v.gradient for v in self._variables):
-                notes.append(f"{variable.path}: the loss does not depend on it")
-        return notes
+# -------------------------------------------------------------------- as JSON
 
 
 @functools.singledispatch

@@ -12,9 +12,9 @@ import tensorflow as tf
 
 import dist_amp
 from dist_amp import heat_map, numerics
+from dist_amp.optimizer import layers_of
 from dist_amp.ranges import Window, range_of
 from tests import support
-
 
 # --------------------------------------------------------------------- ranges
 
@@ -193,7 +193,7 @@ class Block(keras.layers.Layer):
     def __init__(self, **options):
         super().__init__(**options)
         self.norm = keras.layers.LayerNormalization()
-        self.attention = keras.layers.MultiHeadAttention(2, 2)
+        self.attention = keras.layers.MultiHeadAttention(2, 2, name="attention")
         self.drop = keras.layers.Dropout(0.5)
 
     def call(self, x, training=None):
@@ -234,25 +234,27 @@ def test_a_subclassed_model_in_any_policy(policy):
     try:
         keras.utils.set_random_seed(0)
         model = Subclassed()
+        model(TOKENS[0])
     finally:
         keras.config.set_dtype_policy(before)
+    policies = [layer.dtype_policy for layer in layers_of(model)]
     report = numerics.report(model, TOKENS, loss=support.make_loss())
     layers = by_path(report)
     # Once a time step, and once for its shapes.
     assert layers["gru/gru_cell"].num_calls == 7
     assert layers["gru/gru_cell"].unit == "gru"
-    assert layers["block/multi_head_attention/query"].unit == "block"
+    assert layers["block/attention/query"].unit == "block"
     assert layers["head/logits"].unit == "head/logits"
     assert layers["embedding"].inputs is None
-    for path in ("block/multi_head_attention", "gru", "head/logits"):
+    for path in ("block/attention", "gru", "head/logits"):
         assert 0 < layers[path].float16_error < 0.01
         assert layers[path].float16_error < layers[path].bfloat16_error < 0.05
         assert layers[path].output_gradient.largest > 0
     assert all(variable.gradient for variable in report.variables)
     assert not report.advice.pins
-    assert {layer.dtype_policy.name for layer in model._flatten_layers()} == (
-        {policy}
-    )
+    assert layers["gru"].compute_dtype == policy.removeprefix("mixed_")
+    for layer, before in zip(layers_of(model), policies, strict=True):
+        assert layer.dtype_policy is before
 
 
 def make_noisy():
