@@ -297,19 +297,27 @@ def _card(row: Row, low: int, high: int) -> str:
         for title, found in zip(_TITLES, row.strips, strict=True)
         if found and found.num_values
     ]
-    errors = (
-        f"float16 {percent(numbers.float16_error)}, "
-        f"bfloat16 {percent(numbers.bfloat16_error)}"
-    )
     reasons = "".join(
         f'<p class="why">{_text(reason)}</p>' for reason in row.reasons
     )
     return (
         f'<section class="{"pin" if row.reasons else "fits"}">'
         f"<h2>{_text(numbers.path)}"
-        f"<small>{_text(numbers.kind)} &middot; {errors}</small></h2>"
+        f"<small>{_text(numbers.kind)} &middot; {_errors(numbers)}</small></h2>"
         f"{reasons}{''.join(lines)}</section>"
     )
+
+
+def _errors(numbers: LayerNumerics) -> str:
+    words = [
+        f"{percent(error)} {'' if math.isinf(error) else 'off '}in {dtype}"
+        for dtype, error in (
+            ("float16", numbers.float16_error),
+            ("bfloat16", numbers.bfloat16_error),
+        )
+        if error is not None
+    ]
+    return ", ".join(words) or "errors unknown"
 
 
 def _strip(title: str, found: Range, low: int, high: int) -> str:
@@ -355,7 +363,8 @@ def _zones(low: int, high: int) -> str:
 
 def _borders(low: int) -> str:
     return "".join(
-        f'<line x1="{border - low}" x2="{border - low}" y1="0" y2="1"/>'
+        f'<line x1="{border - low}" x2="{border - low}" y1="0" y2="1" '
+        'stroke="#b4463a"/>'
         for border in (SMALLEST, SMALLEST_NORMAL, _LARGEST + 1)
     )
 
@@ -386,8 +395,7 @@ _PAGE = """<!doctype html>
 :root {{ --ink: #1c2430; --soft: #5c6673; --paper: #fff; --line: #e3e7ec;
   --red: #b4463a; --lost: #f6d5d0; --few: #fbeee0; --held: #f3f6f9 }}
 @media (prefers-color-scheme: dark) {{ :root {{ --ink: #e8ecf1;
-  --soft: #9aa5b1; --paper: #14181d; --line: #2a3139; --red: #ef8a7d;
-  --lost: #4a2622; --few: #40331f; --held: #20262d }} }}
+  --soft: #9aa5b1; --paper: #14181d; --line: #2a3139; --red: #ef8a7d }} }}
 * {{ box-sizing: border-box }}
 body {{ font: 15px/1.45 system-ui, sans-serif; color: var(--ink);
   background: var(--paper); max-width: 60rem; margin: 0 auto; padding: 1rem }}
@@ -413,8 +421,7 @@ svg {{ display: block; width: 100%; height: 1.05rem; border-radius: 3px }}
 svg .lost {{ fill: var(--lost) }}
 svg .few {{ fill: var(--few) }}
 svg .held {{ fill: var(--held) }}
-svg line {{ stroke: var(--red); stroke-width: 1px;
-  vector-effect: non-scaling-stroke }}
+svg line {{ stroke-width: 1px; vector-effect: non-scaling-stroke }}
 </style>
 <h1>{headline}</h1>
 <ul>
