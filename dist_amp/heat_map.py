@@ -17,7 +17,11 @@ _NARROWEST = (-32, 20)  # what the axis shows at least, and
 _WIDEST = (-56, 40)  # at most; what is beyond is drawn at its end
 _MAX_NAME = 40
 _SHADES = {"lost": "#f6d5d0", "few": "#fbeee0", "held": "#f3f6f9"}
-_TITLES = ("output", "gradient of the output", "gradient of the weights")
+_TITLES = (
+    "output",
+    "its gradient, unscaled",
+    "gradient of the weights, unscaled",
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -59,6 +59,7 @@ def main(argv: list[str]) -> int:
         config = read_command_line(argv, NumericsConfig, __doc__)
         if config is None:
             return 0
+        _check_source(config)
         out = _folder(config.out)
         report, source = _look(config)
     except (flags.Error, ConfigError) as error:
@@ -84,6 +85,22 @@ def describe_advice(report: Any) -> Iterator[str]:
 
 
 # -------------------------------------------------------------------- private
+
+
+def _check_source(config: NumericsConfig) -> None:
+    """Whether there are weights where the flags say; touches no device."""
+    run_dir = RunDir(config.directory, config.checkpoint_dir)
+    is_named = config.run_dir or config.checkpoint_dir
+    if not is_named or config.initial_weights or run_dir.model.exists():
+        return
+    if "://" in run_dir.checkpoints:
+        return  # only TensorFlow can look there
+    manifests = pathlib.Path(run_dir.checkpoints).glob("ckpt-*/manifest.json")
+    if not any(manifests):
+        raise ConfigError(
+            f"--run_dir={config.directory} holds neither a checkpoint nor "
+            "model.keras; drop it to look at new weights."
+        )
 
 
 def _folder(path: str) -> pathlib.Path:
@@ -135,18 +152,13 @@ def _load_weights(config: NumericsConfig, trainer: Any) -> str:
         if is_named and run_dir.model.exists():
             weights.load(trainer.model, str(run_dir.model))
             return str(run_dir.model)
-        if is_named and not config.initial_weights:
-            raise ConfigError(
-                f"--run_dir={config.directory} holds neither a checkpoint nor "
-                "model.keras; drop it to look at new weights."
-            )
         if config.initial_weights:
             weights.load(trainer.model, config.initial_weights)
             return config.initial_weights
     except (*storage.IO_ERRORS, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
-        raise ConfigError(f"the weights do not fit: {error}") from error
+        raise ConfigError(f"the weights cannot be taken: {error}") from error
+    if is_named:  # remote, and nothing there
+        raise ConfigError(f"{run_dir.checkpoints} holds no whole checkpoint.")
     return f"new ones (--seed={config.seed})"
 
 

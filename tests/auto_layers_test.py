@@ -172,8 +172,9 @@ class Growth(keras.callbacks.Callback):
             kernel.assign(1e6 * tf.convert_to_tensor(kernel))
 
 
-@pytest.mark.parametrize("is_function", [False, True])
-@pytest.mark.parametrize("jit_compile", [False, True])
+@pytest.mark.parametrize(
+    ("is_function", "jit_compile"), [(False, False), (True, True)]
+)
 def test_what_begins_to_overflow_is_pinned_at_the_epochs_end(
     caplog, is_function, jit_compile
 ):
