@@ -2,7 +2,7 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -37,7 +37,8 @@ class AutoLayers(keras.callbacks.Callback):
             all workers.
         dataset: As given to `fit`. Some batches are read right here, in every
             run alike; of a function of the pass also at an epoch's end.
-        num_batches: How many to look at.
+        num_batches: How many global batches to look at: at one replica's
+            part of each.
         max_error: See `numerics.report`.
         max_lost: See `numerics.report`.
 
@@ -85,7 +86,7 @@ class AutoLayers(keras.callbacks.Callback):
         self._dataset = dataset
         self._num_batches = num_batches
         self._options = {"max_error": max_error, "max_lost": max_lost}
-        self._first = list(self._read(one_pass(dataset)))
+        self._first = self._read(one_pass(dataset))
         self._indices: list[int] = []
         self._is_calibrated = False
         self._skipped = 0
@@ -97,7 +98,7 @@ class AutoLayers(keras.callbacks.Callback):
         del epoch, logs
         if not self._is_calibrated:
             self._is_calibrated = True
-            self._adapt(self._first, has_errors=True)
+            self._adapt(self._first, is_first=True)
 
     def on_epoch_end(
         self, epoch: int, logs: Mapping[str, Any] | None = None
@@ -108,8 +109,8 @@ class AutoLayers(keras.callbacks.Callback):
             batches = self._first
             if not isinstance(self._dataset, tf.data.Dataset):
                 number = tf.constant(epoch, tf.int64)
-                batches = list(self._read(self._dataset(number)))
-            self._adapt(batches, has_errors=False)
+                batches = self._read(self._dataset(number))
+            self._adapt(batches, is_first=False)
         self._skipped = skipped
 
     def get_state(self) -> dict[str, Any]:
@@ -130,25 +131,20 @@ class AutoLayers(keras.callbacks.Callback):
 
     # ------------------------------------------------------------ private
 
-    def _read(self, dataset: tf.data.Dataset) -> Iterator[Any]:
-        """Of each global batch no more than fits on a device."""
-        number = self._trainer.strategy.num_replicas_in_sync
-        for batch in dataset.take(self._num_batches):
-            size = tf.nest.flatten(batch)[0].shape[0]
-            rows = -(-size // number)
-            yield tf.nest.map_structure(lambda leaf: leaf[:rows], batch)  # noqa: B023
+    def _read(self, dataset: tf.data.Dataset) -> list[Any]:
+        return list(dataset.take(self._num_batches))
 
-    def _adapt(self, batches: Sequence[Any], *, has_errors: bool) -> None:
+    def _adapt(self, batches: Sequence[Any], *, is_first: bool) -> None:
         advice = numerics.report(
             self._trainer,
             iter(batches),
             loss_scales=self._loss_scales(),
-            has_errors=has_errors,
+            has_errors=is_first,
             **self._options,
         ).advice
-        indices, exponent = self._agreed(advice)
+        indices, exponent = self._agreed(advice, is_first=is_first)
         found = self._pin(indices)
-        scale = self._set_scale(exponent) if found or has_errors else None
+        scale = self._set_scale(exponent) if found or is_first else None
         for note in advice.notes:
             _log.warning("%s", note)
         if not found:
@@ -175,14 +171,21 @@ class AutoLayers(keras.callbacks.Callback):
             return Window(rule.min_scale, rule.max_scale)
         return Window(1.0, 1.0)
 
-    def _agreed(self, advice: Advice) -> tuple[list[int], int | None]:
-        """What worker 0 would pin, and the power of two of its loss scale."""
-        strategy = self._trainer.strategy
+    def _agreed(
+        self, advice: Advice, *, is_first: bool
+    ) -> tuple[list[int], int | None]:
+        """What worker 0 would pin, and the power of two of its loss scale.
+
+        None if the scale is to stay. After skips it starts again as in a new
+        run: an overflow that was a layer's fault has lowered it for nothing.
+        """
+        strategy, optimizer = self._trainer.strategy, self._trainer.optimizer
         indices = [pin.index for pin in advice.pins]
-        exponent = None
+        now = self._loss_scale()
+        scale = now if is_first else getattr(optimizer, "initial_scale", now)
         if advice.window is not None:
-            nearest = advice.window.nearest(self._loss_scale())
-            exponent = round(math.log2(nearest))
+            scale = advice.window.nearest(scale)
+        exponent = round(math.log2(scale)) if scale != now else None
         if strategy_lib.num_workers(strategy) == 1:
             return indices, exponent
         layers = LayerTree(self._trainer.model).layers
@@ -210,11 +213,8 @@ class AutoLayers(keras.callbacks.Callback):
 
     def _check_model(self) -> None:
         """Whether the model still runs, in two dtypes."""
-        x = (
-            self._first[0][0]
-            if isinstance(self._first[0], tuple)
-            else (self._first[0])
-        )
+        first = self._first[0]
+        x = first[0] if isinstance(first, tuple) else first
         model = self._trainer.model
         try:
             model(tf.nest.map_structure(lambda leaf: leaf[:1], x))
@@ -228,13 +228,12 @@ class AutoLayers(keras.callbacks.Callback):
             ) from error
 
     def _set_scale(self, exponent: int | None) -> float | None:
-        """Moves the loss scale into the window; None: it is there."""
-        optimizer = self._trainer.optimizer
-        has_scale = isinstance(optimizer, optimizer_lib.LossScaleOptimizer)
-        if exponent is None or not has_scale:
+        """Sets the loss scale; returns it if it was another."""
+        optimizer, before = self._trainer.optimizer, self._loss_scale()
+        if exponent is None or not isinstance(
+            optimizer, optimizer_lib.LossScaleOptimizer
+        ):
             return None
-        scale = 2.0**exponent
-        if scale == self._loss_scale():
-            return None
-        optimizer.set_loss_scale(scale)
-        return scale
+        optimizer.set_loss_scale(2.0**exponent)
+        scale = self._loss_scale()
+        return scale if scale != before else None

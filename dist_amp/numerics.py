@@ -47,7 +47,8 @@ class Report:
     """The numbers of a model.
 
     Attributes:
-        loss: Mean over the batches; None if there is none to differentiate.
+        loss: Mean over the batches, of one replica's share; None if there is
+            none to differentiate.
         layers: All, at any depth, in the model's order.
         variables: The trainable ones.
         advice: What to do for float16.
@@ -94,8 +95,9 @@ def report(
     Args:
         model: A `keras.Model` in any dtype policy, or a `Trainer`, whose loss
             is taken. A trainer's `compute_loss` may be overridden.
-        batch: `x`, `(x, y)` or `(x, y, sample_weight)`; or several, in a
-            `tf.data.Dataset` or an iterator.
+        batch: A global one, `x`, `(x, y)` or `(x, y, sample_weight)`; or
+            several, in a `tf.data.Dataset` or an iterator. Of each, one
+            replica's slice is looked at, with its share of the loss.
         loss: As in `Trainer`; without it only activations are looked at.
         max_error: Relative error from which on a layer fails.
         max_lost: Share from which on a gradient counts as lost.
@@ -161,13 +163,17 @@ def _steps_of(model: keras.Model | Steps, loss: Any) -> Steps:
 
 
 def _batches(steps: Steps, batch: Any) -> Iterator[Batch]:
+    """Of each global batch a replica's slice, the largest."""
     is_many = isinstance(batch, tf.data.Dataset | Iterator)
     for one in batch if is_many else [batch]:
-        dataset = tf.data.Dataset.from_tensors(one)
-        (whole,) = next(
-            iter(data.split(dataset, reduction=reduction_of(steps.loss)))
+        # Slices that are put together again may be fewer than the replicas.
+        examples = tf.data.Dataset.from_tensor_slices(one)
+        slices = data.split(
+            examples.batch(len(examples)),
+            num_replicas=steps.strategy.num_replicas_in_sync,
+            reduction=reduction_of(steps.loss),
         )
-        yield whole
+        yield max(next(iter(slices)), key=lambda part: len(part.weight))
 
 
 def _build(model: keras.Model, x: Any) -> None:

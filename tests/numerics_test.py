@@ -480,6 +480,24 @@ def test_no_model_and_no_data_are_refused():
         numerics.report(model, iter([]))
 
 
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_gradients_are_those_of_a_replica(num_replicas):
+    """Each differentiates its share of the mean over the global batch."""
+    trainer = support.make_trainer(
+        lambda: keras.Sequential([keras.Input((1,)), linear(name="line")]),
+        num_replicas=num_replicas,
+        loss="mean_squared_error",
+    )
+    x = tf.constant([[1.0], [3.0], [5.0]])
+    report = numerics.report(trainer, (x, 0 * x))
+    # Of two slices the second one is the larger.
+    inputs = [1.0, 3.0, 5.0] if num_replicas == 1 else [3.0, 5.0]
+    assert by_path(report)["line"].inputs == range_of(inputs)
+    gradient = sum(2 * (2 * value) * value / 3 for value in inputs)
+    found = report.variables[0].gradient.largest
+    assert found == pytest.approx(gradient)
+
+
 def test_the_loss_is_the_trainers():
     trainer = support.make_trainer()
     dataset = support.make_dataset().take(1)
