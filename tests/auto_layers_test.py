@@ -217,15 +217,26 @@ def test_skips_alone_pin_nothing(dataset):
 # ---------------------------------------------------------------- checkpoints
 
 
-def test_a_resumed_run_ends_with_the_same_bits(tmp_path, caplog):
+def shuffled():
+    arrays = tf.data.Dataset.from_tensor_slices(make_arrays())
+    return arrays.shuffle(NUM_EXAMPLES, seed=1).batch(16)
+
+
+@pytest.mark.parametrize(
+    "make_dataset",
+    [
+        shuffled,
+        lambda: data_lib.from_arrays(make_arrays(), 16, shuffle_seed=1),
+    ],
+)
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path, caplog, make_dataset):
     """It pins before its first update, and does not calibrate again."""
 
     def train(epochs, directory):
         trainer = make_trainer("auto_layers", make_growing)
-        dataset = data_lib.from_arrays(make_arrays(), 16, shuffle_seed=1)
         _, auto_layers = fit(
             trainer,
-            dataset,
+            make_dataset(),
             epochs=epochs,
             callbacks=[Growth()],
             checkpoint_dir=tmp_path / directory,
