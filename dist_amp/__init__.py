@@ -3,6 +3,8 @@
 The same model on one device, N replicas, many hosts or a TPU.
 """
 
+from dist_amp import numerics
+from dist_amp.auto_layers import AutoLayers
 from dist_amp.checkpoint import Checkpointer, SavePolicy
 from dist_amp.optimizer import (
     DistributedOptimizer,
@@ -18,6 +20,7 @@ from dist_amp.verify import verify
 __version__ = "0.1.0"
 
 __all__ = [
+    "AutoLayers",
     "Checkpointer",
     "DistributedOptimizer",
     "LossScaleOptimizer",
@@ -26,6 +29,7 @@ __all__ = [
     "SavePolicy",
     "Trainer",
     "make_strategy",
+    "numerics",
     "scope",
     "verify",
     "wrap_optimizer",

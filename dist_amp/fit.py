@@ -127,6 +127,10 @@ class Fit:
         is_complete = self._stream.epoch >= self._epochs
         return is_complete or self._model.stop_training
 
+    def expect_trace(self) -> None:
+        """The next call will trace the loop anew: it takes its time."""
+        self._pace.is_traced = False
+
     def run(self, initial_epoch: int) -> None:
         """Goes on from the newest checkpoint, or starts at an epoch."""
         try:

@@ -43,6 +43,9 @@ _PRIVATE_NAMES = {
         "_flatten_layers": "layers at any depth, inside custom layers too",
         "_non_trainable_variables": "a layer's own, made non-trainable",
     },
+    "keras 3.15, DTypePolicy": {
+        "_variable_dtype": "a policy of two dtypes that has no name",
+    },
     "keras 3.15, BatchNormalization": {
         "_moments": "statistics of a batch, of which some rows do not count",
     },
@@ -626,6 +629,15 @@ class LossScaleOptimizer(
         scale = tf.convert_to_tensor(self.dynamic_scale) * factor
         self.dynamic_scale.assign(tf.maximum(scale, self.rule.min_scale))
 
+    def set_loss_scale(self, scale: float) -> None:
+        """Sets the loss scale, within its limits; call it on the host.
+
+        Args:
+            scale: The next update's.
+        """
+        limited = min(max(scale, self.rule.min_scale), self.rule.max_scale)
+        self.dynamic_scale.assign(limited)
+
     def _attempt(
         self, packed: reduction.Packed, variables: Sequence[keras.Variable]
     ) -> tf.Tensor:
@@ -776,6 +788,20 @@ def strategy_of(
 def layers_of(model: keras.Model) -> Iterable[keras.layers.Layer]:
     """All layers, at any depth."""
     return model._flatten_layers()
+
+
+def children_of(layer: keras.layers.Layer) -> Iterable[keras.layers.Layer]:
+    """The layers that a layer or a model is made of, one level down."""
+    return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def make_policy(compute_dtype: str, variable_dtype: str) -> keras.DTypePolicy:
+    """A Keras policy of any two dtypes; Keras has names for some only."""
+    if variable_dtype == "float32" != compute_dtype:
+        return keras.DTypePolicy(f"mixed_{compute_dtype}")
+    policy = keras.DTypePolicy(compute_dtype)
+    policy._variable_dtype = variable_dtype
+    return policy
 
 
 def computes_in_float16(model: keras.Model) -> bool:

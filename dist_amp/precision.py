@@ -14,6 +14,7 @@ PRECISIONS = (
     "float32",
     "mixed_float16",
     "mixed_bfloat16",
+    "auto_layers",
     "graph_float16",
     "graph_bfloat16",
 )
@@ -46,17 +47,27 @@ class Precision:
     @property
     def policy(self) -> str:
         """Name of the Keras dtype policy for layers made in the scope."""
+        if self.adapts_layers:
+            return "mixed_float16"
         return "float32" if self.rewrites_graph else self.name
 
     @property
     def compute_dtype(self) -> str:
         """What matrix products are computed in."""
-        return self.name.split("_")[-1]
+        return "float16" if self.adapts_layers else self.name.split("_")[-1]
 
     @property
     def variable_dtype(self) -> str:
         """What weights and optimizer slots are kept in: always float32."""
         return "float32"
+
+    @property
+    def adapts_layers(self) -> bool:
+        """Whether layers that float16 fails are to be put in float32.
+
+        `dist_amp.AutoLayers` does it.
+        """
+        return self.name == "auto_layers"
 
     @property
     def rewrites_graph(self) -> bool:
@@ -191,6 +202,7 @@ def scope(
     Args:
         strategy: From `make_strategy`, or any `tf.distribute.Strategy`.
         precision: "auto", "float32", "mixed_float16", "mixed_bfloat16",
+            "auto_layers" (mixed_float16, for a fit with `AutoLayers`),
             "graph_float16" or "graph_bfloat16".
 
     Yields:

@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from dist_amp import fused, padding, random_state, reduction, stopwatch
 from dist_amp import strategy as strategy_lib
-from dist_amp.data import Batch
+from dist_amp.data import REDUCTIONS, Batch
 from dist_amp.metrics import MetricSet, MetricsLike
 from dist_amp.optimizer import (
     DistributedOptimizer,
@@ -71,17 +71,20 @@ class Steps:
             if optimizer.wire.is_guarded
             else functools.partial(self._run, self.train_replica)
         )
-        # Only for XLA: a nested function would forbid layers that talk to
-        # other replicas, like synchronized batch norm.
-        self._gradients = (
-            tf.function(
-                self._unconverted(self.compute_gradients), jit_compile=True
-            )
-            if jit_compile
-            else self.compute_gradients
-        )
-
+        self._gradients = self._make_gradients()
         self._are_finite = tf.function(self._finite_flags, autograph=False)
+
+    def _make_gradients(self) -> Callable[..., Any]:
+        """Only for XLA it is a function of TensorFlow.
+
+        One within another would forbid layers that talk to other replicas,
+        like synchronized batch norm.
+        """
+        if not self.jit_compile:
+            return self.compute_gradients
+        return tf.function(
+            self._unconverted(self.compute_gradients), jit_compile=True
+        )
 
     def _unconverted(self, step: Callable[..., Any]) -> Callable[..., Any]:
         """Spares AutoGraph our own code; an override may be written for it."""
@@ -483,6 +486,22 @@ def _resolve_loss(loss: Any) -> Any:
     if isinstance(loss, str):
         return keras.losses.get(loss)
     return loss() if isinstance(loss, type) else loss
+
+
+def reduction_of(loss: Any) -> str:
+    """What the losses divide by; they must agree."""
+    losses = tf.nest.flatten(loss)
+    found = {
+        getattr(one, "reduction", "sum_over_batch_size") for one in losses
+    } or {"sum_over_batch_size"}
+    if found == {"mean"}:
+        return "sum_over_batch_size"
+    if len(found) > 1 or not found <= set(REDUCTIONS):
+        raise ValueError(
+            "All losses must have one `reduction`, out of "
+            f"{', '.join(REDUCTIONS)}. Received {sorted(map(str, found))}."
+        )
+    return found.pop()
 
 
 def _matched(loss: Any, y: Any, predictions: Any) -> list[tuple]:

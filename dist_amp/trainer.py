@@ -13,19 +13,21 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from dist_amp import data, random_state
 from dist_amp import optimizer as optimizer_lib
+from dist_amp import random_state
 from dist_amp import strategy as strategy_lib
 from dist_amp.agreement import StopRequest
 from dist_amp.beacon import Beacon
 from dist_amp.callbacks import Progress
 from dist_amp.checkpoint import Checkpointer, SavePolicy
+from dist_amp.data import Batch
 from dist_amp.feed import Feed
 from dist_amp.fit import Fit, blame
+from dist_amp.layer_dtypes import switch
 from dist_amp.metrics import MetricsLike, to_numbers
 from dist_amp.pace import Pace
 from dist_amp.rollback import RollbackPolicy
-from dist_amp.steps import Steps
+from dist_amp.steps import Steps, reduction_of
 from dist_amp.stream import (
     UNKNOWN_DIMENSION,
     DatasetLike,
@@ -121,14 +123,7 @@ class Trainer(Steps):
         )
         model.optimizer = optimizer
         model.stop_training = False
-        self._train_loop = self.make_train_loop()
-        self._stacked_loop: Any = None
-        self._stacked_spec: Any = None
-        self._test_loop = self.make_test_loop()
-        self._train_lockstep = self.make_lockstep(self.run_update)
-        self._test_lockstep = self.make_lockstep(
-            functools.partial(self._run, self.test_replica)
-        )
+        self._make_loops()
         self._gather = None
         if strategy_lib.num_workers(strategy) > 1:
             self._gather = functools.partial(
@@ -386,7 +381,7 @@ class Trainer(Steps):
             len(inner.node_def) for inner in definition.library.function
         )
 
-    def slice_spec(self, dataset: DatasetLike) -> data.Batch:
+    def slice_spec(self, dataset: DatasetLike) -> Batch:
         """Shapes and dtypes of what one replica's step takes.
 
         Args:
@@ -426,7 +421,34 @@ class Trainer(Steps):
             if id(variable) not in known
         ]
 
+    def pin(self, layers: Iterable[keras.layers.Layer]) -> None:
+        """Has layers compute in float32 from now on.
+
+        In a fit under way, call it at an epoch's end: the loops are traced
+        again. All workers must pin the same layers.
+
+        Args:
+            layers: Of the model, each with all that it is made of.
+        """
+        switch(layers, "float32")
+        self._gradients = self._make_gradients()
+        self._make_loops()
+        self._test_pace.is_traced = False
+        if self._fit:
+            self._fit.expect_trace()
+
     # ------------------------------------------------------------ private
+
+    def _make_loops(self) -> None:
+        """Compiled loops, to be traced when they are called."""
+        self._train_loop = self.make_train_loop()
+        self._stacked_loop: Any = None
+        self._stacked_spec: Any = None
+        self._test_loop = self.make_test_loop()
+        self._train_lockstep = self.make_lockstep(self.run_update)
+        self._test_lockstep = self.make_lockstep(
+            functools.partial(self._run, self.test_replica)
+        )
 
     def _traced_loop(self, dataset: DatasetLike) -> Any:
         """The graph that `fit` will run; it makes no iterator."""
@@ -460,7 +482,7 @@ class Trainer(Steps):
 
     def _check_combinations(self) -> None:
         parts = self.optimizer.gradient_accumulation_steps
-        if parts and _reduction_of(self.loss) == "sum":
+        if parts and reduction_of(self.loss) == "sum":
             raise ValueError(
                 "`gradient_accumulation_steps` takes means, so the loss must "
                 "not have `reduction='sum'`; pass 'sum_over_batch_size'."
@@ -501,7 +523,7 @@ class Trainer(Steps):
             self.strategy,
             self.replica_ids,
             dataset,
-            reduction=_reduction_of(self.loss),
+            reduction=reduction_of(self.loss),
             class_weight=class_weight,
         )
 
@@ -771,22 +793,6 @@ def _has_fixed_size(model: keras.Model) -> bool:
     """Whether the model was made for batches of one size."""
     inputs = tf.nest.flatten(getattr(model, "inputs", None) or [])
     return any(one.shape[0] is not None for one in inputs)
-
-
-def _reduction_of(loss: Any) -> str:
-    """What the losses divide by; they must agree."""
-    losses = tf.nest.flatten(loss)
-    found = {
-        getattr(one, "reduction", "sum_over_batch_size") for one in losses
-    } or {"sum_over_batch_size"}
-    if found == {"mean"}:
-        return "sum_over_batch_size"
-    if len(found) > 1 or not found <= set(data.REDUCTIONS):
-        raise ValueError(
-            "All losses must have one `reduction`, out of "
-            f"{', '.join(data.REDUCTIONS)}. Received {sorted(map(str, found))}."
-        )
-    return found.pop()
 
 
 def _check_counts(**counts: Any) -> None:

@@ -40,7 +40,22 @@ def load(model: keras.Model, path: str) -> None:
     if suffix != ".safetensors":
         _load_with_keras(model, path)
         return
-    arrays = safetensors.load_file(path)
+    assign(model, safetensors.load_file(path), source=path)
+
+
+def assign(
+    model: keras.Model, arrays: Mapping[str, np.ndarray], *, source: str
+) -> None:
+    """Gives a built model weights by the paths of its variables.
+
+    Args:
+        model: Of any strategy; every replica gets the weights.
+        arrays: One for each variable; names need agree only as in `load`.
+        source: What an error calls them.
+
+    Raises:
+        ValueError: They are of another model; the message lists what differs.
+    """
     found = _canonical({n: a for n, a in arrays.items() if is_weight(n)})
     variables = _canonical(
         {v.path: v for v in model.variables if is_weight(v.path)}
@@ -48,7 +63,7 @@ def load(model: keras.Model, path: str) -> None:
     differences = _differences(found, variables)
     if differences:
         raise ValueError(
-            f"{path} is of another model:\n  " + "\n  ".join(differences)
+            f"{source} is of another model:\n  " + "\n  ".join(differences)
         )
     for name, variable in variables.items():
         for copy in strategy_lib.local_copies(variable):

@@ -398,6 +398,15 @@ def make_callbacks(
     ]
 
 
+def make_auto_layers(
+    devices: Devices, data: Data, trainer: dist_amp.Trainer
+) -> list[keras.callbacks.Callback]:
+    """What `--precision=auto_layers` needs on each worker."""
+    if not devices.precision.adapts_layers:
+        return []
+    return [dist_amp.AutoLayers(trainer, data.train)]
+
+
 def describe_average(results: dict[str, Any]) -> str:
     """The line on the moving average of the weights, which is what is saved."""
     named = {f"val_{name}": value for name, value in results.items()}

@@ -14,10 +14,12 @@ PRECISIONS = (
     "float32",
     "mixed_float16",
     "mixed_bfloat16",
+    "auto_layers",
     "graph_float16",
     "graph_bfloat16",
 )
 INPUT_DTYPES = ("float32", "bfloat16")
+_WITH_SCALE = ("auto", "mixed_float16", "auto_layers", "graph_float16")
 OPTIMIZERS = (
     "adadelta",
     "adafactor",
@@ -136,7 +138,10 @@ class TrainConfig:
         20.0, "Seconds without a sign of life until a worker counts as lost."
     )
     precision: str = flag(
-        "auto", "Dtypes; auto is the fastest safe one here.", PRECISIONS
+        "auto",
+        "Dtypes; auto is the fastest safe one here, auto_layers is "
+        "mixed_float16 with those layers in float32 that float16 fails.",
+        PRECISIONS,
     )
     loss_scale: str = flag(
         "auto",
@@ -445,8 +450,7 @@ class TrainConfig:
             _check_positive_number("loss_scale", self.loss_scale)
         options = [name for name in _SCALE_OPTIONS if getattr(self, name)]
         has_none = self.loss_scale == "none" or (
-            self.loss_scale == "auto"
-            and self.precision not in ("auto", "mixed_float16", "graph_float16")
+            self.loss_scale == "auto" and self.precision not in _WITH_SCALE
         )
         is_fixed = self.loss_scale not in ("auto", "dynamic", "none")
         if options and (has_none or is_fixed):

@@ -49,6 +49,7 @@ Its own flags; all others are those of launch.train:
 _TOLERANCES = {
     "float32": (1e-5, 1e-6),
     "float16": (1e-3, 1e-4),
+    "layers": (1e-3, 1e-4),  # of auto_layers
     "bfloat16": (1e-2, 5e-3),
 }
 _MEASURED = ("time", "examples_per_sec", "steps_per_sec", "peak_memory_bytes")

@@ -154,6 +154,7 @@ def _fit(
                 config, **build.describe(config, devices, data, trainer)
             )
             callbacks = [*build.make_callbacks(run_dir, trainer), *callbacks]
+        adapting = build.make_auto_layers(devices, data, trainer)
         stack.enter_context(
             preemption.watch(
                 trainer.request_stop, max_minutes=config.max_minutes
@@ -166,7 +167,7 @@ def _fit(
             steps_per_loop=config.loop_length,
             validation_data=data.test,
             validation_steps=config.eval_steps,
-            callbacks=callbacks,
+            callbacks=[*adapting, *callbacks],
             checkpoint_dir=run_dir.checkpoints,
             save_policy=build.save_policy(config),
             rollback=build.rollback_policy(config),

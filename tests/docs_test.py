@@ -19,7 +19,8 @@ import dist_amp
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 MODULES = ["optimizer", "precision", "strategy", "trainer", "loss_scale"]
-MODULES += ["schedule", "checkpoint", "rollback", "cloud_tpu"]
+MODULES += ["schedule", "checkpoint", "rollback", "cloud_tpu", "verify"]
+MODULES += ["ranges", "numerics", "auto_layers"]
 
 
 def blocks(language):
@@ -120,6 +121,7 @@ def test_the_flags_of_the_readme_exist():
     from launch.cloud_tpu import CloudTpuJob
     from launch.kubernetes import KubernetesJob
     from launch.local import LocalJob
+    from launch.numerics import NumericsConfig
     from launch.plan import PlanConfig
     from launch.slurm import SlurmJob
     from launch.verify import VerifyConfig
@@ -128,6 +130,7 @@ def test_the_flags_of_the_readme_exist():
     kinds = (
         PlanConfig,
         VerifyConfig,
+        NumericsConfig,
         SlurmJob,
         KubernetesJob,
         LocalJob,

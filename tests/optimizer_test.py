@@ -37,6 +37,13 @@ def test_a_skip_moves_nothing_but_the_scale(bad):
     assert int(optimizer.iterations) == 0
 
 
+def test_the_loss_scale_is_set_within_its_limits():
+    optimizer, _ = make(min_scale=1.0, max_scale=64.0)
+    for wanted, found in ((16.0, 16.0), (0.5, 1.0), (128.0, 64.0)):
+        optimizer.set_loss_scale(wanted)
+        assert float(optimizer.loss_scale) == found
+
+
 def test_twenty_skips_at_the_floor_name_the_variable():
     optimizer, variable = make(initial_scale=2.0, min_scale=1.0)
     bad = [tf.constant([np.nan, 1.0])]
@@ -200,6 +207,7 @@ def test_a_list_of_another_length_is_refused():
     [
         (keras.optimizers.Adam(), "keras 3.15, Optimizer"),
         (keras.layers.Dense(1), "keras 3.15, Layer"),
+        (keras.DTypePolicy("float32"), "keras 3.15, DTypePolicy"),
         (
             tf.distribute.MirroredStrategy(["CPU:0"]).extended,
             "tensorflow 2.21, StrategyExtended",

@@ -78,6 +78,7 @@ def test_scope_restores_after_an_error():
         ("float32", False),
         ("mixed_bfloat16", False),
         ("mixed_float16", True),
+        ("auto_layers", True),
         ("graph_float16", True),
         ("graph_bfloat16", False),
     ],
