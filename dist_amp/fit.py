@@ -127,6 +127,11 @@ class Fit:
         is_complete = self._stream.epoch >= self._epochs
         return is_complete or self._model.stop_training
 
+    @property
+    def place_in_data(self) -> tuple[int, int]:
+        """Epoch, and batch of it, from 0."""
+        return self._stream.epoch, self._stream.batch
+
     def expect_trace(self) -> None:
         """The next call will trace the loop anew: it takes its time."""
         self._pace.is_traced = False

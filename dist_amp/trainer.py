@@ -219,7 +219,7 @@ class Trainer(Steps):
             self._check_recovery(dataset, checkpoint_dir, save_policy, rollback)
             stream = Stream(
                 dataset,
-                self._feed(dataset, class_weight=class_weight),
+                self.feed(dataset, class_weight=class_weight),
                 batches_per_step=self.optimizer.gradient_accumulation_steps
                 or 1,
                 steps_per_epoch=steps_per_epoch,
@@ -273,7 +273,7 @@ class Trainer(Steps):
         """
         self.build(dataset)
         parts = self.optimizer.gradient_accumulation_steps or 1
-        iterator = iter(self._feed(dataset).open(lambda: dataset))
+        iterator = iter(self.feed(dataset).open(lambda: dataset))
         logs = self._train_loop(
             iterator, tf.constant(num_steps), tf.constant(parts)
         )
@@ -317,6 +317,11 @@ class Trainer(Steps):
     def global_step(self) -> int:
         """Updates attempted since the start, skipped ones included."""
         return self._fit.position.step if self._fit else 0
+
+    @property
+    def data_position(self) -> tuple[int, int]:
+        """Epoch, and batch of it, from 0, at which the last `fit` ended."""
+        return self._fit.place_in_data if self._fit else (0, 0)
 
     @property
     def resumed_step(self) -> int:
@@ -381,6 +386,26 @@ class Trainer(Steps):
             len(inner.node_def) for inner in definition.library.function
         )
 
+    def feed(
+        self,
+        dataset: DatasetLike,
+        *,
+        class_weight: Mapping[int, float] | None = None,
+    ) -> Feed:
+        """What takes global batches to the replicas.
+
+        Args:
+            dataset: As in `fit`.
+            class_weight: As in `fit`.
+        """
+        return Feed(
+            self.strategy,
+            self.replica_ids,
+            dataset,
+            reduction=reduction_of(self.loss),
+            class_weight=class_weight,
+        )
+
     def slice_spec(self, dataset: DatasetLike) -> Batch:
         """Shapes and dtypes of what one replica's step takes.
 
@@ -390,7 +415,7 @@ class Trainer(Steps):
         Returns:
             `tf.TensorSpec`s; the size of a slice is None where it varies.
         """
-        feed = self._feed(dataset)
+        feed = self.feed(dataset)
         return feed.split(one_pass(dataset)).element_spec[0]
 
     def untracked(self, dataset: DatasetLike) -> list[tf.Variable]:
@@ -453,7 +478,7 @@ class Trainer(Steps):
     def _traced_loop(self, dataset: DatasetLike) -> Any:
         """The graph that `fit` will run; it makes no iterator."""
         parts = self.optimizer.gradient_accumulation_steps or 1
-        feed = self._feed(dataset)
+        feed = self.feed(dataset)
         if stacks := feed.stacks(parts):
             first = stacks.stacks(tf.constant(0, tf.int64))
             spec = feed.split(first, is_stacked=True).element_spec
@@ -512,20 +537,6 @@ class Trainer(Steps):
                 "of a layer in half precision are no multiple of 8: %s",
                 ", ".join(f"{name} ({size})" for name, size in odd),
             )
-
-    def _feed(
-        self,
-        dataset: DatasetLike,
-        *,
-        class_weight: Mapping[int, float] | None = None,
-    ) -> Feed:
-        return Feed(
-            self.strategy,
-            self.replica_ids,
-            dataset,
-            reduction=reduction_of(self.loss),
-            class_weight=class_weight,
-        )
 
     def _end(self, fit: Fit) -> None:
         is_cut = bool(self._stop.reason) and not fit.is_finished
@@ -713,7 +724,7 @@ class Trainer(Steps):
             )
             if is_padded and length is not None:
                 dataset = padded(dataset, length)
-        return self._feed(dataset).open(lambda: dataset), length
+        return self.feed(dataset).open(lambda: dataset), length
 
     def _test(
         self,

@@ -69,7 +69,7 @@ class Data:
 
 def make_devices(config: TrainConfig) -> Devices:
     """Seeds, splits the CPU, builds the strategy, resolves the precision."""
-    keras.utils.set_random_seed(config.seed)
+    _seed(config)
     if config.deterministic:
         tf.config.experimental.enable_op_determinism()
     devices = list(config.devices) or None
@@ -110,6 +110,16 @@ def make_devices(config: TrainConfig) -> Devices:
     )
     _log.info("precision: %s (%s)", precision.name, precision.reason)
     return Devices(strategy, kind, reason, precision)
+
+
+def _seed(config: TrainConfig) -> None:
+    """All generators; TensorFlow's own with no 0.
+
+    A global seed of 0 makes `shuffle(n, seed=number)` in a function of the
+    pass fail (TensorFlow 2.21).
+    """
+    keras.utils.set_random_seed(config.seed)
+    tf.random.set_seed(config.seed + 1)
 
 
 def _facts(config: TrainConfig) -> dict[str, str]:
@@ -173,7 +183,7 @@ def make_trainer(
 ) -> dist_amp.Trainer:
     """Makes model and optimizer in the scope, and the trainer around them."""
     # Again: what reading data took of the generators must change no weight.
-    keras.utils.set_random_seed(config.seed)
+    _seed(config)
     with dist_amp.scope(devices.strategy, devices.precision):
         model = make_model(config, data)
         optimizer = make_optimizer(config, data)

@@ -112,7 +112,7 @@ class EmulatedTrainer:
     def _open(self, dataset, **options):
         self.trainer.build(dataset)
         self.trainer.metrics.reset()
-        return self.trainer._feed(dataset, **options).open(lambda: dataset)
+        return self.trainer.feed(dataset, **options).open(lambda: dataset)
 
     def _run(self, step, batch, *key):
         """Compiled once, as on a TPU: all batches have one shape."""

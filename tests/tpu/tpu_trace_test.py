@@ -24,7 +24,7 @@ def make_trainer(*args, num_cores=4, **options):
 def trace(trainer, dataset, step="train_replica"):
     """The step, traced for the slices of the dataset's batches."""
     trainer.build(dataset)
-    (batch,) = trainer._feed(dataset).open(lambda: dataset.take(1))
+    (batch,) = trainer.feed(dataset).open(lambda: dataset.take(1))
     one = tf.nest.map_structure(lambda leaf: leaf.values[0], batch)
 
     @tf.function(autograph=False)
@@ -111,7 +111,7 @@ def test_slices_have_one_size_and_copies_weigh_nothing():
     dataset = support.make_dataset(PARTIAL)
     trainer = make_trainer()
     trainer.build(dataset)
-    batches = list(trainer._feed(dataset).open(lambda: dataset))
+    batches = list(trainer.feed(dataset).open(lambda: dataset))
     assert len(batches) == 2
     for batch, sizes in zip(batches, [(2, 2, 2, 2), (0, 1, 1, 1)], strict=True):
         slices = [
@@ -134,7 +134,7 @@ def test_full_batches_need_no_padding():
     dataset = support.make_dataset().unbatch().batch(8, drop_remainder=True)
     trainer = make_trainer()
     trainer.build(dataset)
-    (batch, *_) = trainer._feed(dataset).open(lambda: dataset)
+    (batch, *_) = trainer.feed(dataset).open(lambda: dataset)
     assert batch.num_examples.values == (None,) * 4
     assert batch.x.values[0].shape == (2, support.NUM_FEATURES)
     assert trainer.trace(dataset) > 100
@@ -148,7 +148,7 @@ def test_a_batch_larger_than_the_first_is_told():
     trainer = make_trainer()
     trainer.build(dataset)
     with pytest.raises(tf.errors.InvalidArgumentError, match="first"):
-        list(trainer._feed(dataset).open(lambda: dataset))
+        list(trainer.feed(dataset).open(lambda: dataset))
 
 
 def test_shapes_that_vary_are_told():
@@ -162,7 +162,7 @@ def test_shapes_that_vary_are_told():
 
     trainer = make_trainer(make_pool, loss=None)
     with pytest.raises(ValueError, match="padded_batch"):
-        trainer._feed(dataset)
+        trainer.feed(dataset)
 
 
 def test_compiling_twice_is_refused():

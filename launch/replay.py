@@ -1,0 +1,143 @@
+"""Makes an update of a run once more, to see what in it was not finite.
+
+The log of a run tells which updates were skipped. This goes to one of them,
+from the newest checkpoint before it or from the start, and looks at its batch:
+in the run's precision on each replica, and in float32 layer by layer. It names
+the first layer whose output leaves float16's range, and the first whose
+gradient does. Nothing is written to the run's folder.
+
+  python -m launch.replay --run_dir=runs/mlp-digits --step=1234
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+
+from launch.config import ConfigError, TrainConfig, check_positive, flag
+from launch.flags import read_command_line
+from launch.quiet import quiet_start
+from launch.run_dir import RunDir
+from launch.train import is_ours
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ReplayConfig:
+    """Every setting of `python -m launch.replay`; one flag each."""
+
+    run_dir: str | None = flag(None, "Folder of the run.")
+    step: int | None = flag(None, "The update, as the log tells it, from 1.")
+    json: str | None = flag(None, "A file for what was found as JSON.")
+
+    def __post_init__(self) -> None:
+        for name in ("run_dir", "step"):
+            if getattr(self, name) is None:
+                raise ConfigError(f"--{name} must be given.")
+        check_positive(self, "step")
+
+
+def run() -> None:
+    """Entry point of the console command; never returns."""
+    sys.exit(main(sys.argv))
+
+
+def main(argv: list[str]) -> int:
+    """Prints what was found; returns 0, or 2 for wrong settings."""
+    try:
+        config = read_command_line(argv, ReplayConfig, __doc__)
+        return 0 if config is None else replay(config)
+    except (flags.Error, ValueError) as error:
+        if not is_ours(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def replay(config: ReplayConfig) -> int:
+    """Goes there, looks, prints; see `main`."""
+    assert config.run_dir is not None
+    assert config.step is not None
+    train_config = settings_of(config.run_dir)
+    # What is not restored, the run's own output, is not wanted here.
+    logging.getLogger("dist_amp").setLevel(logging.ERROR)
+    with quiet_start():
+        from dist_amp import replay as replay_lib  # and TensorFlow
+        from launch import build
+
+        devices = build.make_devices(train_config)
+    with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it prepares
+        data = build.load_data(train_config)
+    run_dir = RunDir(config.run_dir, train_config.checkpoint_dir)
+    found = replay_lib.newest_before(run_dir.checkpoints, config.step)
+    where = found[0] if found else "the start: there is no checkpoint before it"
+    print(f"training to step {config.step} from {where}", flush=True)
+    with quiet_start():  # float16 on CPUs has its own chatter
+        trainer = build.make_trainer(train_config, devices, data)
+        result = replay_lib.replay(
+            trainer,
+            data.train,
+            config.step,
+            checkpoint_dir=run_dir.checkpoints,
+            steps_per_epoch=train_config.num_steps_per_epoch,
+            callbacks=build.make_auto_layers(devices, data, trainer),
+        )
+    print("\n".join(_lines_of(result)))
+    if config.json:
+        content = dataclasses.asdict(result) | {
+            "report": result.report.to_dict(),
+            "is_skipped": result.is_skipped,
+        }
+        pathlib.Path(config.json).write_text(json.dumps(content) + "\n")
+    return 0
+
+
+def settings_of(run_dir: str) -> TrainConfig:
+    """The settings that a run was started with.
+
+    Raises:
+        ConfigError: The folder holds none.
+    """
+    path = RunDir(run_dir).config
+    try:
+        settings = json.loads(path.read_text())["settings"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"--run_dir={run_dir} holds no run: {path} cannot be read."
+        ) from error
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in settings.items()
+    }
+    return TrainConfig(**{**values, "run_dir": run_dir})
+
+
+def _lines_of(result: Any) -> Iterator[str]:
+    report = result.report
+    yield (
+        f"step {result.step}: batch {result.batch} of epoch {result.epoch}, "
+        f"loss scale {result.loss_scale:g}"
+    )
+    for replica, paths in enumerate(result.replicas):
+        told = "finite"
+        if paths:
+            more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+            told = f"NOT FINITE: {', '.join(paths[:5])}{more}"
+        yield f"gradients of replica {replica}: {told}"
+    if result.loss is not None:
+        yield f"loss in float32: {result.loss:.6g}"
+    yield f"first output beyond float16: {result.activation or 'none'}"
+    yield f"first gradient beyond float16: {result.gradient or 'none'}"
+    for pin in report.advice.pins:
+        yield f"{pin.layer} to float32: {'; '.join(pin.reasons)}"
+    if not report.advice.pins:
+        yield "no layer needs float32 for this batch"
+
+
+if __name__ == "__main__":
+    run()
