@@ -112,7 +112,7 @@ def test_flops_are_those_of_the_literature(name, giga):
 
 
 @pytest.mark.parametrize(
-    "module", ["gpu", "growth", "overheads", "scaling", "startup"]
+    "module", ["accuracy", "gpu", "growth", "overheads", "scaling", "startup"]
 )
 def test_every_figure_has_a_help_text(module):
     done = run(module, "--help")
