@@ -128,7 +128,7 @@ def make_steep():
             keras.Input((support.NUM_FEATURES,)),
             layers.Dense(8, name="first"),
             layers.Rescaling(100.0, name="steep"),
-            layers.Rescaling(0.01, name="back"),
+            layers.LayerNormalization(name="norm"),
             layers.Dense(support.NUM_CLASSES, dtype="float32", name="head"),
         ]
     )

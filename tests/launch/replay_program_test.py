@@ -23,7 +23,7 @@ def model():
         keras.Input((6,)),
         layers.Dense(8, name="first"),
         layers.Rescaling(100.0, name="steep"),
-        layers.Rescaling(0.01, name="back"),
+        layers.LayerNormalization(name="norm"),
         layers.Dense(3, dtype="float32"),
     ])
 
