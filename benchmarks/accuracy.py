@@ -1,12 +1,16 @@
-"""What training loses by what gradients travel in: two replicas, some seeds.
+"""What training loses by fewer bits: in each precision, on some replicas.
 
 python -m benchmarks.accuracy
-python -m benchmarks.accuracy --tasks lm --seeds 1 --steps 20
+python -m benchmarks.accuracy --tasks lm --seeds 2 --settings float32 int8
+
+The exit status is 1 if a setting is further from float32 on one device than
+float32's own seeds are from each other.
 """
 
 import argparse
 import dataclasses
 import statistics
+import sys
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -21,7 +25,17 @@ from benchmarks.workloads import WORKLOADS
 from dist_amp import strategy as strategy_lib
 from dist_amp.models import mlp
 
-WIRES = (None, "float16", "bfloat16", "int8")
+# The precision, and what gradients travel in.
+SETTINGS = {
+    "float32": ("float32", None),
+    "mixed_bfloat16": ("mixed_bfloat16", None),
+    "mixed_float16": ("mixed_float16", None),
+    "auto_layers": ("auto_layers", None),
+    "float16 wire": ("float32", "float16"),
+    "bfloat16 wire": ("float32", "bfloat16"),
+    "int8 wire": ("float32", "int8"),
+}
+EXACT = ("float32", 1)
 _BATCH = 32
 Arrays: TypeAlias = tuple[np.ndarray, np.ndarray]
 
@@ -64,13 +78,18 @@ def make_convolutional() -> keras.Model:
     def block(width: int) -> list[keras.layers.Layer]:
         return [
             layers.Conv2D(width, 3, padding="same", use_bias=False),
-            layers.BatchNormalization(),
+            layers.BatchNormalization(synchronized=True),
             layers.ReLU(),
             layers.MaxPooling2D(),
         ]
 
     return keras.Sequential(
-        [*block(16), *block(32), layers.Flatten(), layers.Dense(10)]
+        [
+            *block(16),
+            *block(32),
+            layers.Flatten(),
+            layers.Dense(10, dtype="float32"),
+        ]
     )
 
 
@@ -106,16 +125,21 @@ TASKS = {
 
 
 def train(
-    task: Task, wire_dtype: str | None, seed: int, devices: list[str]
-) -> dict[str, float]:
-    """Results on the test, and what the last check of the wire said."""
+    task: Task, setting: str, num_replicas: int, seed: int
+) -> tuple[float, float]:
+    """The result on the test, and what the last check of the wire said."""
+    precision, wire_dtype = SETTINGS[setting]
     keras.utils.set_random_seed(seed)
-    strategy = dist_amp.make_strategy("mirrored", devices=devices)
-    wire: dict[str, Any] = {"wire_dtype": wire_dtype} if wire_dtype else {}
-    with dist_amp.scope(strategy, "float32"):
+    kind = "mirrored" if num_replicas > 1 else "one_device"
+    devices = [f"CPU:{index}" for index in range(num_replicas)]
+    strategy = dist_amp.make_strategy(kind, devices=devices)
+    options: dict[str, Any] = {}
+    if wire_dtype:
+        options = {"wire_dtype": wire_dtype, "loss_scale": "dynamic"}
+    with dist_amp.scope(strategy, precision) as resolved:
         model = task.make_model()
         optimizer = dist_amp.wrap_optimizer(
-            keras.optimizers.Adam(1e-3), loss_scale="dynamic", **wire
+            keras.optimizers.Adam(1e-3), **options
         )
     trainer = dist_amp.Trainer(
         model,
@@ -124,63 +148,106 @@ def train(
         metrics=["accuracy"],
     )
     arrays, test = task.make_arrays()
+    examples = dist_amp.data.from_arrays(arrays, _BATCH, shuffle_seed=seed)
+    callbacks = []
+    if resolved.adapts_layers:
+        callbacks = [dist_amp.AutoLayers(trainer, examples)]
     history = trainer.fit(
-        dist_amp.data.from_arrays(arrays, _BATCH, shuffle_seed=seed),
-        steps_per_epoch=task.steps,
-        verbose=0,
+        examples, steps_per_epoch=task.steps, callbacks=callbacks, verbose=0
     ).history
     dataset = tf.data.Dataset.from_tensor_slices(test).batch(_BATCH)
-    error = history["wire_error"][-1] if wire else 0.0
-    return {**trainer.evaluate(dataset), "wire_error": error}
+    error = history["wire_error"][-1] if wire_dtype else 0.0
+    return trainer.evaluate(dataset)[task.result], error
 
 
-def row(
-    name: str,
-    wire: str | None,
-    results: list[dict[str, float]],
-    exact: list[dict[str, float]],
-) -> str:
-    """A row of the table; there is a result for each seed."""
-    kind = TASKS[name].result
-    values = [each[kind] for each in results]
-    mean = statistics.fmean(values)
-    usual = statistics.fmean(each[kind] for each in exact)
-    if kind == "accuracy":
-        value, change = f"{mean:.2%}", f"{100 * (mean - usual):+.2f} points"
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """The results of one setting.
+
+    Attributes:
+        setting: Its name.
+        num_replicas: That shared each batch.
+        results: For each seed.
+        wire_error: The largest; 0 where sums are exact.
+    """
+
+    setting: str
+    num_replicas: int
+    results: tuple[float, ...]
+    wire_error: float
+
+    @property
+    def mean(self) -> float:
+        """Over the seeds."""
+        return statistics.fmean(self.results)
+
+    @property
+    def spread(self) -> float:
+        """Of the seeds: highest less lowest."""
+        return max(self.results) - min(self.results)
+
+    def is_like(self, exact: "Cell") -> bool:
+        """Whether it differs by no more than seeds do."""
+        return abs(self.mean - exact.mean) <= exact.spread
+
+
+def cell(task: Task, setting: str, num_replicas: int, seeds: int) -> Cell:
+    """Trains once for each seed."""
+    pairs = [train(task, setting, num_replicas, seed) for seed in range(seeds)]
+    results, errors = zip(*pairs, strict=True)
+    return Cell(setting, num_replicas, results, max(errors))
+
+
+def row(name: str, found: Cell, exact: Cell) -> str:
+    """A row of the table."""
+    if TASKS[name].result == "accuracy":
+        mean, spread = f"{found.mean:.2%}", f"{100 * found.spread:.2f} points"
+        change = f"{100 * (found.mean - exact.mean):+.2f} points"
     else:
-        value, change = f"{mean:.4f}", f"{mean / usual - 1:+.2%}"
-    error = max(each["wire_error"] for each in results)
+        mean, spread = f"{found.mean:.4f}", f"{found.spread:.4f}"
+        change = f"{found.mean / exact.mean - 1:+.2%}"
+    error = f"{found.wire_error:.2g}" if found.wire_error else ""
+    verdict = "" if found.is_like(exact) else " **more than seeds do**"
     return (
-        f"| {name} | {wire or 'float32'} | {value} "
-        f"| {min(values):.4f} - {max(values):.4f} "
-        f"| {change if wire else ''} | {f'{error:.2g}' if wire else ''} |"
+        f"| {name} | {found.setting} | {found.num_replicas} | {mean} "
+        f"| {spread} | {change}{verdict} | {error} |"
     )
 
 
-def main() -> None:
-    """Prints a table."""
+def main() -> int:
+    """Prints a table; returns the exit status."""
     parser = argparse.ArgumentParser("benchmarks.accuracy")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=[*TASKS])
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--settings", nargs="+", choices=SETTINGS, default=[*SETTINGS]
+    )
+    parser.add_argument("--replicas", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="instead of each task's own")
     arguments = parser.parse_args()
-    devices = strategy_lib.use_logical_cpus(2)
+    strategy_lib.use_logical_cpus(max(arguments.replicas))
     print(report.heading())
-    print("| model | wire | test | lowest - highest | change | wire error |")
-    print("| --- | --- | ---: | ---: | ---: | ---: |")
+    print(
+        "| model | setting | replicas | test | spread | change | wire error |"
+    )
+    print("| --- | --- | ---: | ---: | ---: | ---: | ---: |")
+    is_like = True
     for name in arguments.tasks:
         task = TASKS[name]
         if arguments.steps:
             task = dataclasses.replace(task, steps=arguments.steps)
-        exact: list[dict[str, float]] = []
-        for wire in WIRES:
-            results = [
-                train(task, wire, seed, devices)
-                for seed in range(arguments.seeds)
-            ]
-            exact = exact or results
-            print(row(name, wire, results, exact), flush=True)
+        exact = cell(task, *EXACT, arguments.seeds)
+        for setting in arguments.settings:
+            for number in arguments.replicas:
+                if SETTINGS[setting][1] and number == 1:
+                    continue  # nothing travels
+                found = exact
+                if (setting, number) != EXACT:
+                    found = cell(task, setting, number, arguments.seeds)
+                is_like &= found.is_like(exact)
+                print(row(name, found, exact), flush=True)
+    return 0 if is_like else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
