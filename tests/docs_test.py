@@ -123,6 +123,7 @@ def test_the_flags_of_the_readme_exist():
     from launch.local import LocalJob
     from launch.numerics import NumericsConfig
     from launch.plan import PlanConfig
+    from launch.replay import ReplayConfig
     from launch.slurm import SlurmJob
     from launch.verify import VerifyConfig
 
@@ -131,6 +132,7 @@ def test_the_flags_of_the_readme_exist():
         PlanConfig,
         VerifyConfig,
         NumericsConfig,
+        ReplayConfig,
         SlurmJob,
         KubernetesJob,
         LocalJob,
