@@ -17,7 +17,8 @@ train: $(VENV)/.installed
 	$(BIN)/python -m launch.train $(ARGS)
 
 test: check
-	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses=auto --dist=loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-SECONDS = 0.04
+SECONDS = 0.05
 NUM_FEATURES = 6
 
 

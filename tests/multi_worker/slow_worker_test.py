@@ -12,7 +12,7 @@ FLAGS = [
     f"--model={JOB}:model",
     f"--dataset={JOB}:data",
     "--precision=float32",
-    "--steps=280",
+    "--steps=320",
     "--eval_steps=1",
 ]
 
