@@ -652,7 +652,7 @@ class LossScaleOptimizer(
 
         def skip() -> tf.Tensor:
             self._write_down(scale, packed, variables)
-            self._count_skip(scale, packed.unpack(), variables)
+            self._count_skip(scale, packed, variables)
             return tf.constant(False)
 
         applied = tf.cond(finite, update, skip)
@@ -673,7 +673,7 @@ class LossScaleOptimizer(
         sent = packed.with_tensors(packed.sent or packed.tensors)
         attempts = tf.convert_to_tensor(self.iterations)
         self.overflows.write(
-            sent.unpack(),
+            sent.finite_flags(),
             [self._get_variable_index(v) for v in variables],
             attempts + tf.convert_to_tensor(self._skipped_updates),
             scale,
@@ -682,14 +682,14 @@ class LossScaleOptimizer(
     def _count_skip(
         self,
         scale: tf.Tensor,
-        gradients: Sequence[reduction.Gradient],
+        packed: reduction.Packed,
         variables: Sequence[keras.Variable],
     ) -> None:
         """Counts the skip; stops the run when the floor does not help."""
         self.assign_add(self._skipped_updates, 1)
         is_at_floor = tf.cast(scale <= self.rule.min_scale, tf.int64)
         self.assign_add(self._skips_at_floor, is_at_floor)
-        overflowed = tf.logical_not(reduction.finite_flags(gradients))
+        overflowed = tf.logical_not(packed.finite_flags())
         # XLA has no strings but constants, so the names are picked by number.
         tf.debugging.Assert(
             self._skips_at_floor < MAX_SKIPS_AT_FLOOR,

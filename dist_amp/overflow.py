@@ -13,7 +13,6 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_amp import reduction
 from dist_amp import strategy as strategy_lib
 
 _MOST_NAMES = 5  # in a line
@@ -85,7 +84,7 @@ class OverflowLog:
 
     def write(
         self,
-        sent: Sequence[reduction.Gradient],
+        are_finite: tf.Tensor,
         places: Sequence[int],
         attempt: tf.Tensor,
         scale: tf.Tensor,
@@ -93,15 +92,14 @@ class OverflowLog:
         """Writes down an update that is skipped; call it in the replica.
 
         Args:
-            sent: This replica's gradients.
+            are_finite: Of this replica's gradients, bool.
             places: Index of each one's variable.
             attempt: Updates attempted before it.
             scale: The loss scale.
         """
-        is_bad = tf.logical_not(reduction.finite_flags(sent))
         flags = tf.scatter_nd(
             tf.constant(places)[:, tf.newaxis],
-            tf.cast(is_bad, tf.float32),
+            tf.cast(~are_finite, tf.float32),
             [len(self._paths)],
         )
         self._flags.assign(flags)

@@ -8,6 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
 import tensorflow as tf
 
 from dist_amp import quantized
@@ -60,6 +61,29 @@ class Packed:
         rest = self.tensors[len(self.groups) :]
         size, alone = len(found) + len(rest), iter(rest)
         return [found[i] if i in found else next(alone) for i in range(size)]
+
+    def finite_flags(self) -> tf.Tensor:
+        """Whether each gradient is finite, in the order of `unpack`.
+
+        Few operations, however many gradients lie together.
+
+        Returns:
+            bool `[number of gradients]`.
+        """
+        places: list[int] = []
+        parts: list[tf.Tensor] = []
+        for shapes, vector in zip(self.groups, self.tensors, strict=False):
+            sizes = [shape.num_elements() for shape in shapes.values()]
+            owners = np.repeat(np.arange(len(sizes)), sizes)
+            is_bad = tf.cast(~tf.math.is_finite(vector), tf.float32)
+            counts = tf.math.unsorted_segment_sum(is_bad, owners, len(sizes))
+            parts.append(tf.equal(counts, 0.0))
+            places += shapes
+        rest = self.tensors[len(self.groups) :]
+        size = len(places) + len(rest)
+        places += [i for i in range(size) if i not in set(places)]
+        parts += [finite_flags(rest)] if rest else []
+        return tf.gather(tf.concat(parts, axis=0), np.argsort(places))
 
 
 def pack(gradients: Sequence[Gradient]) -> Packed:
