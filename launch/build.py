@@ -630,7 +630,9 @@ def make_optimizer(
 def _optimizer_class(config: TrainConfig) -> Any:
     if config.optimizer == "lars":
         return lars.LARS
-    return type(keras.optimizers.get(config.optimizer))
+    # Not keras.optimizers.get, which knows no lamb (Keras 3.15).
+    names = {name.lower(): name for name in dir(keras.optimizers)}
+    return getattr(keras.optimizers, names[config.optimizer])
 
 
 def _wire_options(config: TrainConfig) -> dict[str, Any]:
