@@ -501,18 +501,29 @@ def _user_dataset(
     return lambda number: dataset(number).batch(config.batch_size)
 
 
-def make_model(config: TrainConfig, data: Data) -> keras.Model:
-    """The model of the flags; call it in a scope."""
+def make_model(
+    config: TrainConfig, data: Data, *, synchronized: bool | None = None
+) -> keras.Model:
+    """The model of the flags; call it in a scope.
+
+    Args:
+        config: The settings.
+        data: Tells the input's shape and the number of classes.
+        synchronized: Batch norm over all replicas; None: if there are
+            several.
+    """
     path = config.model
     if ":" not in path:
         path = f"dist_amp.models.{path}:build"
     function = _imported("model", path)
     is_keras = path.startswith(_OF_KERAS)
     offered = _offered_to_model(data, is_keras=is_keras)
+    if synchronized is not None:
+        offered["synchronized"] = synchronized
     offered |= read_options("model_option", config.model_option, function)
     model = _call_with(function, **offered)
     if is_keras:
-        batch_norm.synchronize(model)
+        batch_norm.synchronize(model, synchronized)
     if not isinstance(model, keras.Model):
         raise ConfigError(
             f"--model={config.model} must return a keras.Model. Received "

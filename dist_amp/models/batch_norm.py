@@ -11,6 +11,10 @@ from dist_amp.optimizer import layers_of
 def needs_sums(synchronized: bool | None) -> bool:
     """Whether statistics are to be taken over all replicas.
 
+    Layers that do so take Keras' operations instead of one fused kernel, which
+    rounds otherwise: to compare one device with several in a half precision,
+    as `dist_amp.verify` does, pass True on both.
+
     Args:
         synchronized: None: where the strategy has several replicas.
     """
@@ -38,12 +42,15 @@ def batch_norm(
     )
 
 
-def synchronize(model: keras.Model) -> None:
-    """Has all batch norm of a model see the global batch.
+def synchronize(model: keras.Model, synchronized: bool | None = None) -> None:
+    """Has all batch norm of a model see the global batch, or its slice.
 
     For models that others built; call it in the scope, before training.
-    Nothing changes on one replica.
+
+    Args:
+        model: Whose layers are changed.
+        synchronized: As in `needs_sums`.
     """
     for layer in layers_of(model):
         if isinstance(layer, keras.layers.BatchNormalization):
-            layer.synchronized = needs_sums(None)
+            layer.synchronized = needs_sums(synchronized)
