@@ -209,6 +209,14 @@ def test_batch_norm_is_synchronized_where_there_are_replicas():
     assert flags_of(2, synchronized=False) == {False}
 
 
+def test_a_comparison_takes_the_same_operations_on_one_device():
+    for option, expected in ((), True), (("synchronized=false",), False):
+        config, data = digits(model="convnet", model_option=option)
+        model = build.make_model(config, data, synchronized=True)
+        norms = [x for x in model.layers if hasattr(x, "synchronized")]
+        assert {layer.synchronized for layer in norms} == {expected}
+
+
 # ------------------------------------------------------------- by the flags
 
 
