@@ -167,7 +167,7 @@ def _mixing(reference: Subject, batch: Any) -> str | None:
     if layer is None:
         return None
     if isinstance(layer, keras.layers.BatchNormalization):
-        return _of_batch_norm(layer)
+        return None if layer.synchronized else _of_batch_norm(layer)
     return (
         f"layer {layer.path} mixes the examples of a batch, of which a "
         "replica has a part: compute over one example, or all-reduce what is "

@@ -253,19 +253,38 @@ def _from_files(
     def make(number: tf.Tensor) -> tf.data.Dataset:
         dataset = examples
         if seed is not None:
-            if not tf.executing_eagerly():
-                # Of this function's graph; TensorFlow 2.21 fails on a global
-                # seed of 0 beside one that is a tensor.
-                tf.random.set_seed(1)
-            of_pass = tf.random.experimental.index_shuffle(
-                tf.cast(number, tf.int64),
-                tf.constant([seed, 0], tf.int64),
-                tf.constant(2**31 - 1, tf.int64),
-            )
-            dataset = dataset.shuffle(_SHUFFLE_BUFFER, seed=of_pass)
+            dataset = shuffled(dataset, seed_of_pass(seed, number))
         return dataset.batch(global_batch_size)
 
     return make
+
+
+def seed_of_pass(seed: int, number: tf.Tensor) -> tf.Tensor:
+    """A seed for each pass over the data, scalar int64."""
+    return tf.random.experimental.index_shuffle(
+        tf.cast(number, tf.int64),
+        tf.constant([seed, 0], tf.int64),
+        tf.constant(2**31 - 1, tf.int64),
+    )
+
+
+def shuffled(
+    examples: tf.data.Dataset,
+    seed: tf.Tensor,
+    buffer_size: int = _SHUFFLE_BUFFER,
+) -> tf.data.Dataset:
+    """Shuffles examples that do not fit in memory, the same for the same seed.
+
+    Args:
+        examples: In an order that is always the same.
+        seed: From `seed_of_pass`.
+        buffer_size: Examples among which the next one is drawn.
+    """
+    if not tf.executing_eagerly():
+        # Of this function's graph; TensorFlow 2.21 fails on a global
+        # seed of 0 beside one that is a tensor.
+        tf.random.set_seed(1)
+    return examples.shuffle(buffer_size, seed=seed)
 
 
 def _bytes_of(spec: Any) -> float:

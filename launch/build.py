@@ -20,13 +20,15 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 import dist_amp
 from dist_amp import cluster as cluster_lib
 from dist_amp import data as data_lib
-from dist_amp import memory, storage, weights
+from dist_amp import lars, losses, memory, storage, weights
 from dist_amp import schedule as schedule_lib
 from dist_amp import strategy as strategy_lib
 from dist_amp.callbacks import JsonLines, TensorBoard, describe_epoch
 from dist_amp.checkpoint import readable_size, whole_manifests
+from dist_amp.models import batch_norm
 from dist_amp.stream import DatasetLike, length_of, one_pass
 from launch.config import ConfigError, TrainConfig
+from launch.options import read_options
 from launch.run_dir import RunDir
 
 _log = logging.getLogger(__name__)
@@ -38,6 +40,21 @@ _GENERIC_OPTIONS = (
     "clipvalue",
     "ema_overwrite_frequency",
 )
+
+# Of an optimizer's arguments, those that have flags or mean nothing here.
+_OPTIMIZER_FLAGS = (
+    *_GENERIC_OPTIONS,
+    "learning_rate",
+    "momentum",
+    "exclude",
+    "use_ema",
+    "ema_momentum",
+    "loss_scale_factor",
+    "gradient_accumulation_steps",
+    "name",
+)
+
+_OF_KERAS = "keras.applications"
 
 # Settings that may differ among the workers of a job.
 _OWN_OF_A_WORKER = ("task_index", "data_dir", "compilation_cache")
@@ -484,21 +501,54 @@ def _user_dataset(
     return lambda number: dataset(number).batch(config.batch_size)
 
 
-def make_model(config: TrainConfig, data: Data) -> keras.Model:
-    """The model of the flags; call it in a scope."""
+def make_model(
+    config: TrainConfig, data: Data, *, synchronized: bool | None = None
+) -> keras.Model:
+    """The model of the flags; call it in a scope.
+
+    Args:
+        config: The settings.
+        data: Tells the input's shape and the number of classes.
+        synchronized: Batch norm over all replicas; None: if there are
+            several.
+    """
     path = config.model
     if ":" not in path:
         path = f"dist_amp.models.{path}:build"
-    offered = {}
-    if data.num_classes is not None:
-        offered["num_classes"] = data.num_classes
-    model = _call_with(_imported("model", path), **offered)
+    function = _imported("model", path)
+    is_keras = path.startswith(_OF_KERAS)
+    offered = _offered_to_model(data, is_keras=is_keras)
+    if synchronized is not None:
+        offered["synchronized"] = synchronized
+    offered |= read_options("model_option", config.model_option, function)
+    model = _call_with(function, **offered)
+    if is_keras:
+        batch_norm.synchronize(model, synchronized)
     if not isinstance(model, keras.Model):
         raise ConfigError(
             f"--model={config.model} must return a keras.Model. Received "
             f"{type(model).__name__}."
         )
     return model
+
+
+def _offered_to_model(data: Data, *, is_keras: bool) -> dict[str, Any]:
+    """What a model's function may take of what the data tells."""
+    offered: dict[str, Any] = {}
+    spec = data_lib.input_spec(one_pass(data.train))
+    if isinstance(spec, tf.TensorSpec) and spec.shape.rank:
+        offered["input_shape"] = tuple(spec.shape[1:])
+    if data.num_classes is not None:
+        offered["num_classes"] = data.num_classes
+    if not is_keras:
+        return offered
+    if data.num_classes is not None:
+        offered["classes"] = data.num_classes
+    return offered | {
+        "weights": None,  # would be downloaded
+        "classifier_activation": None,
+        "include_preprocessing": False,  # images are in [0, 1] already
+    }
 
 
 def _check_metric(name: str) -> None:
@@ -514,14 +564,20 @@ def make_loss(config: TrainConfig, model: keras.Model) -> Any:
     """The loss of the flags, from logits or not as the model ends."""
     if ":" in config.loss:
         return _imported("loss", config.loss)
-    class_name = config.loss
-    if class_name.islower():
-        class_name = "".join(word.title() for word in class_name.split("_"))
-    loss_class = getattr(keras.losses, class_name, None)
+    loss_class = getattr(keras.losses, config.loss_class, None)
     if isinstance(loss_class, type):
         if "from_logits" not in inspect.signature(loss_class).parameters:
             return loss_class()
-        return loss_class(from_logits=not _ends_in_probabilities(model))
+        from_logits = not _ends_in_probabilities(model)
+        if not config.label_smoothing:
+            return loss_class(from_logits=from_logits)
+        if loss_class is keras.losses.SparseCategoricalCrossentropy:
+            return losses.SmoothedCrossentropy(
+                config.label_smoothing, from_logits=from_logits
+            )
+        return loss_class(
+            from_logits=from_logits, label_smoothing=config.label_smoothing
+        )
     try:
         return keras.losses.get(config.loss)
     except ValueError as error:
@@ -550,7 +606,7 @@ def make_optimizer(
 ) -> dist_amp.DistributedOptimizer:
     """The optimizer of the flags, wrapped; call it in a scope."""
     total_steps = _total_steps(config, data)
-    optimizer_class = type(keras.optimizers.get(config.optimizer))
+    optimizer_class = _optimizer_class(config)
     options = {
         name: getattr(config, name)
         for name in (*_GENERIC_OPTIONS, "momentum")
@@ -562,13 +618,32 @@ def make_optimizer(
         options["gradient_accumulation_steps"] = (
             config.gradient_accumulation_steps
         )
+    options |= read_options(
+        "optimizer_option",
+        config.optimizer_option,
+        optimizer_class,
+        reserved=_OPTIMIZER_FLAGS,
+    )
+    if optimizer_class is lars.LARS:
+        options["exclude"] = config.not_decayed
     inner = optimizer_class(_learning_rate(config, total_steps), **options)
+    if config.not_decayed and optimizer_class is not lars.LARS:
+        # By the variable's own name; a layer's is not looked at.
+        inner.exclude_from_weight_decay(var_names=list(config.not_decayed))
     return dist_amp.wrap_optimizer(
         inner,
         loss_scale=_loss_scale(config.loss_scale),
         **_wire_options(config),
         **_loss_scale_options(config),
     )
+
+
+def _optimizer_class(config: TrainConfig) -> Any:
+    if config.optimizer == "lars":
+        return lars.LARS
+    # Not keras.optimizers.get, which knows no lamb (Keras 3.15).
+    names = {name.lower(): name for name in dir(keras.optimizers)}
+    return getattr(keras.optimizers, names[config.optimizer])
 
 
 def _wire_options(config: TrainConfig) -> dict[str, Any]:

@@ -29,13 +29,23 @@ OPTIMIZERS = (
     "adamw",
     "ftrl",
     "lamb",
+    "lars",
     "lion",
     "muon",
     "nadam",
     "rmsprop",
     "sgd",
 )
-MODELS = ("mlp",)
+MODELS = ("mlp", "convnet", "resnet50", "transformer_lm", "encoder")
+# Weight decay would pull norms' scales to 0, and rare tokens' embeddings.
+NOT_DECAYED = ("bias", "gamma", "beta", "embeddings")
+_EXCLUDING = ("adamw", "lamb", "lars")
+_WITH_MOMENTUM = ("sgd", "rmsprop", "lars")
+_SMOOTHED = (
+    "sparse_categorical_crossentropy",
+    "categorical_crossentropy",
+    "binary_crossentropy",
+)
 SCHEDULES = ("constant", "cosine", "linear")
 RESUMES = ("auto", "never", "must")
 ROLLBACK_KINDS = ("nan", "spike")
@@ -71,8 +81,15 @@ class TrainConfig:
 
     model: str = flag(
         "mlp",
-        "A model of dist_amp.models, or module:function that returns a "
-        "keras.Model.",
+        f"One of {', '.join(MODELS)}, or module:function that returns a "
+        "keras.Model, as keras.applications:ResNet50V2. The function may take "
+        "input_shape (of an example) and num_classes.",
+    )
+    model_option: tuple[str, ...] = flag(
+        (),
+        "An argument of the model's function, as num_layers=4; may come "
+        "several times.",
+        is_repeated=True,
     )
     dataset: str = flag(
         "digits",
@@ -87,6 +104,9 @@ class TrainConfig:
         "sparse_categorical_crossentropy",
         "A Keras loss, or module:function. Whether a cross-entropy takes "
         "logits is read off the model's last activation.",
+    )
+    label_smoothing: float = flag(
+        0.0, "Part of a label that is spread over all classes."
     )
     metrics: tuple[str, ...] = flag(("accuracy",), "Keras metrics.")
 
@@ -203,16 +223,30 @@ class TrainConfig:
         None, "Batches of the test split to evaluate. Default: all."
     )
 
-    optimizer: str = flag("adam", "A Keras optimizer.", OPTIMIZERS)
+    optimizer: str = flag("adam", "A Keras optimizer, or lars.", OPTIMIZERS)
+    optimizer_option: tuple[str, ...] = flag(
+        (),
+        "An argument of the optimizer that has no flag, as beta_2=0.95; may "
+        "come several times.",
+        is_repeated=True,
+    )
     learning_rate: float | None = flag(
         None, "Peak learning rate [0.01 for --model=mlp, else 0.001]."
     )
-    momentum: float | None = flag(None, "For sgd and rmsprop.")
+    momentum: float | None = flag(None, "For sgd, rmsprop and lars.")
     warmup_steps: int = flag(0, "Updates until the peak is reached.")
     schedule: str = flag(
         "constant", "Learning rate after the warm-up.", SCHEDULES
     )
-    weight_decay: float | None = flag(None, "Decoupled weight decay.")
+    weight_decay: float | None = flag(
+        None, "Decoupled weight decay; with lars, part of the gradient."
+    )
+    weight_decay_exclude: tuple[str, ...] | None = flag(
+        None,
+        "Variables with one of these in their name do not decay; lars adapts "
+        f"them not. Default: {','.join(NOT_DECAYED)} with adamw, lamb and "
+        "lars, else none.",
+    )
     global_clipnorm: float | None = flag(
         None, "Clips the norm of the whole gradient."
     )
@@ -289,7 +323,9 @@ class TrainConfig:
         self._check_devices()
         self._check_loss_scale()
         self._check_batch()
+        self._check_options()
         self._check_optimizer()
+        self._check_decay()
         self._check_recovery()
 
     # ------------------------------------------------------------ resolved
@@ -300,6 +336,18 @@ class TrainConfig:
         if self.learning_rate is not None:
             return self.learning_rate
         return 0.01 if self.model == "mlp" else 0.001
+
+    @property
+    def not_decayed(self) -> tuple[str, ...]:
+        """`weight_decay_exclude`, or what suits the optimizer."""
+        if self.weight_decay_exclude is not None:
+            return self.weight_decay_exclude
+        return NOT_DECAYED if self.optimizer in _EXCLUDING else ()
+
+    @property
+    def loss_class(self) -> str:
+        """`loss` as Keras names the class."""
+        return _as_class_name(self.loss)
 
     @property
     def num_epochs(self) -> int:
@@ -379,7 +427,7 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 _fail(name, "must not be negative", value)
-        for name in ("ema", "momentum"):
+        for name in ("ema", "momentum", "label_smoothing"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1:
                 _fail(name, "must be in [0, 1)", value)
@@ -544,18 +592,41 @@ class TrainConfig:
         ]
         if len(clips) > 1:
             _contradict(clips[1], f"--{clips[0]}", "clip in one way only")
-        if self.momentum is not None and self.optimizer not in (
-            "sgd",
-            "rmsprop",
-        ):
+        if self.momentum is not None and self.optimizer not in _WITH_MOMENTUM:
             _contradict(
                 "momentum",
                 f"--optimizer={self.optimizer}",
-                "only sgd and rmsprop take it",
+                f"only {', '.join(_WITH_MOMENTUM)} take it",
             )
         if self.ema_overwrite_frequency and self.ema is None:
             _contradict(
                 "ema_overwrite_frequency", "no --ema", "pass --ema=0.999"
+            )
+
+    def _check_decay(self) -> None:
+        decays = self.weight_decay or self.optimizer in ("adamw", "lars")
+        if self.weight_decay_exclude and not decays:
+            _contradict(
+                "weight_decay_exclude",
+                "no --weight_decay",
+                "pass --weight_decay=1e-4",
+            )
+
+    def _check_options(self) -> None:
+        for flag_name in ("model_option", "optimizer_option"):
+            texts = getattr(self, flag_name)
+            names = [text.partition("=")[0] for text in texts]
+            for text, name in zip(texts, names, strict=True):
+                if "=" not in text or not name.isidentifier():
+                    _fail(flag_name, "must be name=value", text)
+                if names.count(name) > 1:
+                    _fail(flag_name, f"sets {name} twice", ", ".join(texts))
+        is_class = self.loss in map(_as_class_name, _SMOOTHED)
+        if self.label_smoothing and not (is_class or self.loss in _SMOOTHED):
+            _contradict(
+                "label_smoothing",
+                f"--loss={self.loss}",
+                f"only {', '.join(_SMOOTHED)} take it",
             )
 
     def _check_recovery(self) -> None:
@@ -624,6 +695,13 @@ def check_positive(settings: Any, *names: str) -> None:
         value = getattr(settings, name)
         if value is not None and not value > 0:
             _fail(name, "must be positive", value)
+
+
+def _as_class_name(name: str) -> str:
+    """`MeanSquaredError` for mean_squared_error."""
+    if not name.islower():
+        return name
+    return "".join(word.title() for word in name.split("_"))
 
 
 def _can_be_found(module: str) -> bool:

@@ -125,7 +125,7 @@ def _define(
         define: Any = flags.DEFINE_multi_string
     else:
         define = _DEFINITIONS.get(kind, flags.DEFINE_string)
-    if kind is tuple:
+    if kind is tuple and default is not None:
         default = list(default)
     define(name, default, text, flag_values=registry)
 

@@ -114,7 +114,10 @@ def verify(config: VerifyConfig) -> int:
         strategy.find_devices()  # which initializes them
     with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it prepares
         data = build.load_data(config)
-    model_fn = functools.partial(build.make_model, config, data)
+    # On one device, too: fused batch norm rounds otherwise.
+    model_fn = functools.partial(
+        build.make_model, config, data, synchronized=True
+    )
     with quiet_start():  # float16 on CPUs has its own chatter
         certificate = dist_amp.verify(
             model_fn,
