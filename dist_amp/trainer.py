@@ -24,6 +24,7 @@ from dist_amp.data import Batch
 from dist_amp.feed import Feed
 from dist_amp.fit import Fit, blame
 from dist_amp.layer_dtypes import switch
+from dist_amp.meter import Meter, tokens_per_example
 from dist_amp.metrics import MetricsLike, to_numbers
 from dist_amp.pace import Pace
 from dist_amp.rollback import RollbackPolicy
@@ -248,6 +249,10 @@ class Trainer(Steps):
                 rollback=rollback,
                 info=self.run_info,
                 beacon=self.beacon,
+                meter=Meter(
+                    tokens_per_example=tokens_per_example(dataset),
+                    stopwatch=self.optimizer.stopwatch,
+                ),
             )
             try:
                 self._fit.run(initial_epoch)
