@@ -19,6 +19,7 @@ from dist_amp.meter import Meter
 from dist_amp.metrics import to_numbers
 from dist_amp.overflow import Place, SkipReporter
 from dist_amp.pace import Pace, Rates
+from dist_amp.profiler import Profiler
 from dist_amp.rollback import (
     NUM_RECENT,
     BlowUpError,
@@ -70,6 +71,7 @@ class Fit:
         info: Plain values that go into each checkpoint.
         beacon: Told where training is.
         meter: Measures what the time goes to.
+        profiler: Cuts the compiled calls at its borders.
     """
 
     def __init__(
@@ -89,6 +91,7 @@ class Fit:
         info: Mapping[str, Any],
         beacon: Beacon,
         meter: Meter,
+        profiler: Profiler | None,
     ):
         self.position = Position()
         self.resumed_step = 0
@@ -107,6 +110,7 @@ class Fit:
         self._info = info
         self._beacon = beacon
         self._meter = meter
+        self._profiler = profiler
         self._is_chief = strategy_lib.task_index(steps.strategy) == 0
         self._stragglers: Stragglers | None = None
         if steps.optimizer.stopwatch is not None:
@@ -149,6 +153,8 @@ class Fit:
                 self._finish(logs)
         finally:
             self._stream.close()
+            if self._profiler:
+                self._profiler.close()
 
     def _start(self, initial_epoch: int) -> None:
         self._steps.metrics.reset()
@@ -309,6 +315,8 @@ class Fit:
         every = self._save_policy.every_steps
         if self._checkpointer and every:
             length = min(length, every - self.position.step % every)
+        if self._profiler:
+            length = self._profiler.cut(length, self.position.step)
         if self._is_searching:
             length = 1
         if self._model.stop_training:

@@ -27,6 +27,7 @@ from dist_amp.layer_dtypes import switch
 from dist_amp.meter import Meter, tokens_per_example
 from dist_amp.metrics import MetricsLike, to_numbers
 from dist_amp.pace import Pace
+from dist_amp.profiler import Profiler
 from dist_amp.rollback import RollbackPolicy
 from dist_amp.steps import Steps, reduction_of
 from dist_amp.stream import (
@@ -158,6 +159,7 @@ class Trainer(Steps):
         initial_epoch: int = 0,
         class_weight: Mapping[int, float] | None = None,
         verbose: str | int = "auto",
+        profiler: Profiler | None = None,
     ) -> keras.callbacks.History:
         """Trains the model.
 
@@ -193,6 +195,7 @@ class Trainer(Steps):
             initial_epoch: Epoch to start from if nothing is restored.
             class_weight: Weight of each class in the loss.
             verbose: 0 silent, 1 or "auto" a progress line, 2 a line an epoch.
+            profiler: Profiles some updates.
 
         Returns:
             The Keras `History`: `.history` holds a list for each name in the
@@ -253,6 +256,7 @@ class Trainer(Steps):
                     tokens_per_example=tokens_per_example(dataset),
                     stopwatch=self.optimizer.stopwatch,
                 ),
+                profiler=profiler,
             )
             try:
                 self._fit.run(initial_epoch)
