@@ -158,17 +158,14 @@ class Meter:
     """What the logs of an epoch tell about its time.
 
     Args:
-        tokens_per_example: See the function of that name.
+        dataset: As in `Trainer.fit`; its shapes tell whether there are tokens.
         stopwatch: Of the optimizer, if it has one: on several workers.
     """
 
     def __init__(
-        self,
-        *,
-        tokens_per_example: int | None = None,
-        stopwatch: Stopwatch | None = None,
+        self, dataset: DatasetLike, stopwatch: Stopwatch | None = None
     ):
-        self._tokens = tokens_per_example
+        self._tokens = tokens_per_example(dataset)
         self._stopwatch = stopwatch
         self._input = InputWait()
         self._steps = StepTimes()

@@ -326,7 +326,7 @@ def _cell(value: Any) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, float):
-        return f"{value:.6g}"
+        return f"{value:.10g}"
     return html.escape(str(value))
 
 
@@ -557,6 +557,7 @@ function ranges(chart, all) {
   }
   const isShare = ["%", "B", "/s", "ms"].includes(chart.unit);
   if (isShare) y0 = 0;
+  if (chart.unit === "%") y1 = Math.max(y1, .1);
   const room = y0 === y1 ? Math.abs(y0) * .1 || 1 : (y1 - y0) * .06;
   return { x0, x1, y0: isShare ? 0 : y0 - room, y1: y1 + room, log };
 }

@@ -79,7 +79,7 @@ def test_a_share_of_the_time_is_that_of_the_all_reduces():
     iterator = iter(support.make_dataset().prefetch(1))
     total = stopwatch.variables[0]
     total.assign_add(7.0)  # before
-    measured = Meter(stopwatch=stopwatch)
+    measured = Meter(support.make_dataset(), stopwatch)
     measured.restart(iterator)
     total.assign_add(0.5)
     measured.add(iterator, 10, 2.0)
@@ -104,7 +104,8 @@ def test_the_data_tell_whether_there_are_tokens(x, tokens):
 
 
 def test_tokens_are_examples_times_their_length():
-    assert Meter(tokens_per_example=6).read(100.0) == {"tokens_per_sec": 600.0}
+    dataset = support.batched(np.zeros([4, 6], "int32"))
+    assert Meter(dataset).read(100.0) == {"tokens_per_sec": 600.0}
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])

@@ -196,25 +196,48 @@ def browse(page, folder, *flags):
     )
 
 
+# As a reader would: looks at values in the first chart, hides all runs and goes
+# through all axes, and shows them again.
+TOUCHED = """<script>
+const shown = () => views[0].tip.textContent;
+const box = views[0].svg.getBoundingClientRect();
+const touch = part => views[0].svg.dispatchEvent(new PointerEvent(
+  "pointermove", { clientX: box.left + part * box.width }));
+touch(1);
+document.documentElement.dataset.tip = shown();
+const buttons = [...document.querySelectorAll("button")];
+for (const button of [...buttons, ...buttons]) {
+  button.click();
+  touch(.5);
+}
+</script></html>"""
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium on PATH")
 @pytest.mark.parametrize("num_epochs", [1, 1000])
 def test_chromium_draws_it_without_an_error(tmp_path, two_runs, num_epochs):
     third = make_run(tmp_path / "third", num_epochs, nan_at=num_epochs - 2)
     page = make_page(tmp_path, *two_runs, third)
+    (tmp_path / "touched.html").write_text(
+        page.text.replace("</html>", TOUCHED)
+    )
     picture = tmp_path / "page.png"
     done = browse(
-        tmp_path / "report.html",
+        tmp_path / "touched.html",
         tmp_path / "browser",
         "--dump-dom",
         "--window-size=390,900",
     )
-    assert "CONSOLE" not in done.stderr
+    assert "CONSOLE" not in done.stderr  # where errors of scripts are told
+    tip = re.search('data-tip="(.*?)"', done.stdout)[1]
+    last = max(4, num_epochs)
+    assert tip.startswith(f"epoch {last}")
+    assert ("a/same train0.25a/same test0.5" in tip) == (last == 4)
     drawn = len(page.data["charts"])
     assert f'data-drawn="{drawn}"' in done.stdout
-    assert done.stdout.count("<figure>") == drawn
-    assert "NaN" not in "".join(re.findall(r' d="(.*?)"', done.stdout))
     assert 'class="skip"' in done.stdout
     assert 'class="curve lost"' in done.stdout
+    assert "NaN" not in "".join(re.findall(r' d="(.*?)"', done.stdout))
     browse(
         tmp_path / "report.html",
         tmp_path / "browser",
