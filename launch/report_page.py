@@ -99,10 +99,12 @@ def _data_of(run: RunRecord) -> dict[str, Any]:
 
 
 def _short(value: float | None) -> float | str | None:
-    """Six digits; what JSON cannot hold as a word."""
-    if value is None or math.isfinite(value):
-        return None if value is None else float(f"{value:.6g}")
-    return str(value)
+    """Six digits or a whole number; what JSON cannot hold as a word."""
+    if value is None:
+        return None
+    if not math.isfinite(value):
+        return str(value)
+    return int(value) if value.is_integer() else float(f"{value:.6g}")
 
 
 def _json(content: Any) -> str:
@@ -391,7 +393,8 @@ svg text { font-size: 11px; fill: var(--soft) }
 .cross { stroke: var(--faint); stroke-dasharray: 2 3; pointer-events: none }
 .tip { position: absolute; z-index: 3; pointer-events: none; font-size: .78rem;
   background: var(--card); border: 1px solid var(--line); border-radius: .5rem;
-  box-shadow: 0 4px 14px var(--shade); padding: .4rem .6rem; max-width: 17rem;
+  box-shadow: 0 4px 14px var(--shade); padding: .4rem .6rem; width: max-content;
+  max-width: min(22rem, 94vw);
   font-variant-numeric: tabular-nums }
 .tip[hidden] { display: none }
 .tip p { margin: 0; display: flex; align-items: center; gap: .1rem;
@@ -711,10 +714,14 @@ function tell(view, x, width) {
     tip.append(row);
   }
   tip.hidden = false;
-  const at = view.px(x) + 12;
-  const isLeft = at > width / 2;
-  tip.style.left = isLeft ? "auto" : at + 20 + "px";
-  tip.style.right = isLeft ? width - at + 40 + "px" : "auto";
+  /* Beside the line, on its roomier side, and within the window. */
+  const frame = tip.parentNode.getBoundingClientRect();
+  const box = view.svg.getBoundingClientRect();
+  const at = box.left + view.px(x);
+  const room = document.documentElement.clientWidth - tip.offsetWidth - 6;
+  const wanted = at > box.left + width / 2 ? at - 12 - tip.offsetWidth
+    : at + 12;
+  tip.style.left = Math.max(6, Math.min(wanted, room)) - frame.left + "px";
   tip.style.top = "2.4rem";
 }
 function leave() {

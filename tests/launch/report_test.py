@@ -72,7 +72,7 @@ def make_run(path, num_epochs, *, has_test=True, nan_at=None, **settings):
         logs = {
             "loss": loss,
             "accuracy": 0.5 + epoch / 4000,
-            "loss_scale": 32768.0 / 2 ** (epoch > 1),
+            "loss_scale": 2.0 ** (20 - (epoch > 1)),
             "skipped_updates": float(epoch > 1),
             "learning_rate": 0.01,
             "examples_per_sec": 3200.0,
@@ -109,6 +109,7 @@ def test_the_page_holds_every_number_of_the_runs(tmp_path, two_runs):
     assert [one["name"], other["name"]] == ["a/same", "b<i>/same"]
     assert one["train"]["values"]["loss"] == [1, 0.5, "nan", 0.25]
     assert one["test"]["values"]["loss"] == [2, 1, "nan", 0.5]
+    assert one["train"]["values"]["loss_scale"][1] == 1048576
     assert one["train"]["values"]["skipped_updates"] == [0, 0, 1, 1]
     assert other["train"]["epoch"] == [1, 2]
     assert other["test"]["values"] == {}
@@ -208,7 +209,11 @@ document.documentElement.dataset.tip = shown();
 const buttons = [...document.querySelectorAll("button")];
 for (const button of [...buttons, ...buttons]) {
   button.click();
-  touch(.5);
+  for (const part of [.2, .5, .9]) {
+    touch(part);
+    const tip = views[0].tip.getBoundingClientRect();
+    if (tip.left < 0 || tip.right > innerWidth) throw "the tip is outside";
+  }
 }
 </script></html>"""
 
