@@ -33,7 +33,7 @@ MEASURED = (
 )
 # Bars of the histogram of step times to a factor of e: 1% of a time each.
 _BARS = 100
-_SECONDS_BETWEEN_LOOKS = 0.1
+_SECONDS_BETWEEN_LOOKS = 0.5
 # What tf.data keeps of the times between two batches: the newest.
 _MAX_GAPS = 100
 # From this share of an epoch on the input is said to bound the steps; epochs

@@ -16,10 +16,9 @@ from dist_amp.trainer import Trainer
 _log = logging.getLogger(__name__)
 
 # Dense FLOP/s in bfloat16 or float16, by a part of the device's name; the
-# first that fits holds. NVIDIA's: of the data sheets, whose numbers with
-# sparsity are halved. Cloud TPU's: of its documentation of system
-# architectures, for a chip.
-PEAK_FLOPS_PER_SEC = {
+# first that fits holds. From NVIDIA's data sheets, whose numbers with sparsity
+# are halved.
+GPU_PEAKS = {
     r"H200 NVL": 836e12,
     r"H200": 989e12,
     r"H100 PCIe": 756e12,
@@ -29,39 +28,50 @@ PEAK_FLOPS_PER_SEC = {
     r"V100": 125e12,
     r"\bL4\b": 121e12,
     r"\bT4\b": 65e12,
-    r"TPU v2": 45e12,
-    r"TPU v3": 123e12,
-    r"TPU v4": 275e12,
-    r"TPU v5 ?(lite|e)": 197e12,
-    r"TPU v5p": 459e12,
-    r"TPU v6e": 918e12,
 }
-# Of a Cloud TPU VM's variable TPU_ACCELERATOR_TYPE, as "v5litepod-8".
-_TPU_TYPE = re.compile(r"(v\d+)(litepod|p|e)?-")
-# TensorFlow has a device for each TensorCore, of which these have two a chip.
-_TWO_CORES = ("TPU v2", "TPU v3", "TPU v4", "TPU v5p")
+# Of a chip, in bfloat16, and what the number in an accelerator type counts of
+# it. From Cloud TPU's documentation of each version.
+TPU_PEAKS = {
+    "v2": (45e12, 2),
+    "v3": (123e12, 2),
+    "v4": (275e12, 2),
+    "v5litepod": (197e12, 1),
+    "v5p": (459e12, 2),
+    "v6e": (918e12, 1),
+}
 
 
-def peak_of(name: str) -> float | None:
-    """Dense peak of a device in FLOP/s; None if it is not known.
+def peak_of_gpu(name: str) -> float | None:
+    """Dense peak in FLOP/s; None if it is not known.
 
     Args:
         name: As the driver tells it, say "NVIDIA H100 80GB HBM3".
     """
-    for pattern, peak in PEAK_FLOPS_PER_SEC.items():
-        if re.search(pattern, name):
-            return peak / 2 if name.startswith(_TWO_CORES) else peak
-    return None
+    return next((p for k, p in GPU_PEAKS.items() if re.search(k, name)), None)
 
 
-def device_name(strategy: tf.distribute.Strategy) -> str:
-    """Of the first device of a strategy on this host; "" for a CPU."""
+def peak_of_replica(accelerator_type: str, num_replicas: int) -> float | None:
+    """Peak of a replica's part of a TPU in FLOP/s; None if it is not known.
+
+    Args:
+        accelerator_type: Of the whole TPU, say "v5litepod-4" or "v3-8".
+        num_replicas: That share it.
+    """
+    version, _, number = accelerator_type.partition("-")
+    if version not in TPU_PEAKS or not number.isdecimal():
+        return None
+    peak, parts = TPU_PEAKS[version]
+    return peak * int(number) / parts / num_replicas
+
+
+def peak_of(strategy: tf.distribute.Strategy) -> float | None:
+    """Peak of each replica in FLOP/s; None for CPUs, and if it is not known.
+
+    A TPU's type is what its VM says in TPU_ACCELERATOR_TYPE.
+    """
     if isinstance(strategy, tf.distribute.TPUStrategy):
-        found = _TPU_TYPE.match(os.environ.get("TPU_ACCELERATOR_TYPE", ""))
-        if not found:
-            return ""
-        kind = {"litepod": " lite"}.get(found[2] or "", found[2] or "")
-        return f"TPU {found[1]}{kind}"
+        kind = os.environ.get("TPU_ACCELERATOR_TYPE", "")
+        return peak_of_replica(kind, strategy.num_replicas_in_sync)
     used = {
         name.upper().rpartition("DEVICE:")[2]
         for name in strategy.extended.worker_devices
@@ -69,8 +79,8 @@ def device_name(strategy: tf.distribute.Strategy) -> str:
     for device in tf.config.list_physical_devices("GPU"):
         if device.name.upper().rpartition("DEVICE:")[2] in used:
             details = tf.config.experimental.get_device_details(device)
-            return details.get("device_name", "")
-    return ""
+            return peak_of_gpu(details.get("device_name", ""))
+    return None
 
 
 class Mfu(keras.callbacks.Callback):
@@ -88,7 +98,7 @@ class Mfu(keras.callbacks.Callback):
         dataset: As in `Trainer.fit`.
         per_replica_batch_size: Examples of each replica in a step, all parts
             of an update together.
-        peak_flops_per_sec: Of a device; looked up by its name by default.
+        peak_flops_per_sec: Of a replica; looked up by its device's name by default.
     """
 
     def __init__(
@@ -102,9 +112,7 @@ class Mfu(keras.callbacks.Callback):
         super().__init__()
         self._trainer, self._dataset = trainer, dataset
         self._rows = per_replica_batch_size
-        self._peak = peak_flops_per_sec or peak_of(
-            device_name(trainer.strategy)
-        )
+        self._peak = peak_flops_per_sec or peak_of(trainer.strategy)
         self._flops: int | None = None
 
     def on_train_begin(self, logs: Any = None) -> None:

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from dist_amp import data, meter
 from dist_amp.meter import Meter, StepTimes
-from dist_amp.mfu import Mfu, peak_of
+from dist_amp.mfu import Mfu, peak_of_gpu, peak_of_replica
 from dist_amp.stopwatch import Stopwatch
 from tests import support
 
@@ -143,15 +143,29 @@ def test_where_no_peak_is_known_there_is_no_mfu():
         ("NVIDIA L4", 121e12),
         ("NVIDIA L40S", None),
         ("Tesla T4", 65e12),
-        ("TPU v3", 61.5e12),
-        ("TPU v5 lite", 197e12),
-        ("TPU v6e", 918e12),
         ("NVIDIA GeForce RTX 3090", None),
         ("", None),
     ],
 )
 def test_peaks_are_known_by_the_devices_names(name, peak):
-    assert peak_of(name) == peak
+    assert peak_of_gpu(name) == peak
+
+
+@pytest.mark.parametrize(
+    ("kind", "num_replicas", "peak"),
+    [
+        ("v3-8", 8, 61.5e12),
+        ("v4-8", 4, 275e12),
+        ("v4-8", 8, 137.5e12),
+        ("v5litepod-4", 4, 197e12),
+        ("v5p-16", 8, 459e12),
+        ("v6e-8", 8, 918e12),
+        ("v9-8", 8, None),
+        ("", 8, None),
+    ],
+)
+def test_a_replica_has_its_part_of_a_tpus_peak(kind, num_replicas, peak):
+    assert peak_of_replica(kind, num_replicas) == peak
 
 
 if __name__ == "__main__":
