@@ -98,7 +98,7 @@ class Mfu(keras.callbacks.Callback):
         dataset: As in `Trainer.fit`.
         per_replica_batch_size: Examples of each replica in a step, all parts
             of an update together.
-        peak_flops_per_sec: Of a replica; looked up by its device's name by default.
+        peak_flops_per_sec: Of a replica; looked up by default.
     """
 
     def __init__(
