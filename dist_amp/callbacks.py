@@ -15,15 +15,16 @@ from typing import Any, TextIO
 import keras
 import tensorflow as tf
 
+from dist_amp.meter import MEASURED
+
 _log = logging.getLogger(__name__)
 
 TRAIN_ONLY = (
     "loss_scale",
     "skipped_updates",
-    "examples_per_sec",
-    "steps_per_sec",
     "learning_rate",
     "wire_error",
+    *MEASURED,
 )
 
 
@@ -32,9 +33,9 @@ class JsonLines(keras.callbacks.Callback):
 
     A train line holds `step`, `epoch` (from 1), `split`, `loss`, each metric
     by its name, `loss_scale`, `skipped_updates`, `examples_per_sec`,
-    `steps_per_sec`, `learning_rate`, what `measure` tells and `time` (seconds
-    since 1970); a test line holds `step`, `epoch`, `split`, `loss`, the
-    metrics and `time`.
+    `steps_per_sec`, `learning_rate`, what `Meter.read` could measure, what
+    `measure` tells and `time` (seconds since 1970); a test line holds `step`,
+    `epoch`, `split`, `loss`, the metrics and `time`.
 
     Lines are on the disk before the epoch's checkpoint is. A full disk is
     logged, and the lines are written when there is room.

@@ -15,9 +15,11 @@ from dist_amp.agreement import StopRequest
 from dist_amp.beacon import Beacon
 from dist_amp.callback_state import CallbackStates
 from dist_amp.checkpoint import Checkpointer, Restored, SavePolicy
+from dist_amp.meter import Meter
 from dist_amp.metrics import to_numbers
 from dist_amp.overflow import Place, SkipReporter
 from dist_amp.pace import Pace, Rates
+from dist_amp.profiler import Profiler
 from dist_amp.rollback import (
     NUM_RECENT,
     BlowUpError,
@@ -68,6 +70,8 @@ class Fit:
         rollback: What to do when training blows up; None: raise.
         info: Plain values that go into each checkpoint.
         beacon: Told where training is.
+        meter: Measures what the time goes to.
+        profiler: Cuts the compiled calls at its borders.
     """
 
     def __init__(
@@ -86,6 +90,8 @@ class Fit:
         rollback: RollbackPolicy | None,
         info: Mapping[str, Any],
         beacon: Beacon,
+        meter: Meter,
+        profiler: Profiler | None,
     ):
         self.position = Position()
         self.resumed_step = 0
@@ -103,6 +109,8 @@ class Fit:
         self._rollback = rollback
         self._info = info
         self._beacon = beacon
+        self._meter = meter
+        self._profiler = profiler
         self._is_chief = strategy_lib.task_index(steps.strategy) == 0
         self._stragglers: Stragglers | None = None
         if steps.optimizer.stopwatch is not None:
@@ -145,6 +153,8 @@ class Fit:
                 self._finish(logs)
         finally:
             self._stream.close()
+            if self._profiler:
+                self._profiler.close()
 
     def _start(self, initial_epoch: int) -> None:
         self._steps.metrics.reset()
@@ -246,6 +256,7 @@ class Fit:
         position, metrics = self.position, self._steps.metrics
         logs: dict[str, Any] = {}
         rates = Rates(position.step_in_epoch, metrics.num_examples)
+        self._meter.restart(self._stream.iterator)
         before: dict[str, Any] = {"loss": 0.0, "examples": 0.0}
         if position.step_in_epoch:
             before = to_numbers(self._steps.read_train_logs())
@@ -259,10 +270,7 @@ class Fit:
                 read = self._call(num_steps, per_step)
             if read is None:
                 break
-            if self._stragglers:
-                self._stragglers.add(
-                    num_steps, self._pace.seconds, counts=not is_first_call
-                )
+            self._measure(num_steps, counts=not is_first_call)
             self._judge(read, before, num_steps, per_step)
             before = read
             here = (self._stream.epoch, self._stream.batch)
@@ -285,7 +293,19 @@ class Fit:
             logs = rates.add_to(before, position.step_in_epoch)
         if self._rollback:
             logs["rollbacks"] = position.rollbacks
+        logs |= self._meter.read(logs.get("examples_per_sec", 0.0))
+        self._meter.warn(self._stream.epoch + 1)
         return logs
+
+    def _measure(self, num_steps: int, *, counts: bool) -> None:
+        """Takes what the last call took; one that traced does not count."""
+        seconds = self._pace.seconds
+        if self._stragglers:
+            self._stragglers.add(num_steps, seconds, counts=counts)
+        if counts:
+            self._meter.add(self._stream.iterator, num_steps, seconds)
+        else:
+            self._meter.restart(self._stream.iterator)
 
     def _next_length(self) -> int:
         """Updates of the next call, agreed on; 0 if a callback said stop."""
@@ -295,6 +315,8 @@ class Fit:
         every = self._save_policy.every_steps
         if self._checkpointer and every:
             length = min(length, every - self.position.step % every)
+        if self._profiler:
+            length = self._profiler.cut(length, self.position.step)
         if self._is_searching:
             length = 1
         if self._model.stop_training:

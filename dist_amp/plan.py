@@ -144,6 +144,20 @@ def make(
     )
 
 
+def flops_of_replica(trainer: Trainer, dataset: DatasetLike, rows: int) -> int:
+    """FLOPs of a train step in one replica, by a trace of it.
+
+    Args:
+        trainer: On any strategy.
+        dataset: As in `Trainer.fit`; only its shapes are looked at.
+        rows: Examples of the replica.
+    """
+    flops, _ = graphs.flops_of(_traced(trainer, dataset, rows).graph)
+    # A TPU's replicas share a program; others have each their own.
+    devices = trainer.strategy.extended.worker_devices
+    return flops if trainer.is_on("TPU") else flops // len(devices)
+
+
 def make_for_tpu(
     trainer: Trainer,
     dataset: DatasetLike,

@@ -1,5 +1,6 @@
 """Training batches without end, and where in them training is."""
 
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeAlias
@@ -66,21 +67,59 @@ class Feed(Protocol):
         """What a loop takes of the batches that `make` returns."""
 
 
+@dataclasses.dataclass(frozen=True)
+class InputTimes:
+    """What tf.data notes of the consumer of an iterator.
+
+    Attributes:
+        taken: Elements taken.
+        gaps: Seconds from when an element was there until the next one was
+            asked for; of the newest 100.
+    """
+
+    taken: int
+    gaps: Sequence[float]
+
+
 def counts_of(iterator: Any) -> Counts | None:
     """Elements taken of a prefetching iterator, and whether one is ready.
 
     Reads what tf.data notes for its own tuning; safe in another thread while
     a compiled loop takes batches. None where tf.data does not tell.
     """
+    model = _model_of(iterator)
+    if model is None:
+        return None
+    root = _root_of(model)
+    prefetch = model.nodes[root.inputs[0]]
+    return Counts(root.num_elements, prefetch.buffered_elements == 0)
+
+
+def times_of(iterator: Any) -> InputTimes | None:
+    """How long the consumer of an iterator works between two elements.
+
+    Takes some tenths of a millisecond. None where tf.data does not tell.
+    """
+    model = _model_of(iterator)
+    if model is None:
+        return None
+    gaps = [microseconds / 1e6 for microseconds in model.gap_times]
+    return InputTimes(_root_of(model).num_elements, gaps)
+
+
+def _model_of(iterator: Any) -> Any:
+    """What tf.data notes; None where it does not, or has not begun."""
     try:
-        nodes = tf.data.experimental.get_model_proto(iterator).nodes
+        model = tf.data.experimental.get_model_proto(iterator)
     except (tf.errors.OpError, ValueError):
         return None
-    root = next((n for n in nodes.values() if n.name == "Root"), None)
-    if root is None or not root.inputs:
-        return None
-    prefetch = nodes[root.inputs[0]]
-    return Counts(root.num_elements, prefetch.buffered_elements == 0)
+    root = _root_of(model)
+    return model if root is not None and root.inputs else None
+
+
+def _root_of(model: Any) -> Any:
+    nodes = model.nodes.values()
+    return next((node for node in nodes if node.name == "Root"), None)
 
 
 def agree_on_length(

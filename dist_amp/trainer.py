@@ -24,8 +24,10 @@ from dist_amp.data import Batch
 from dist_amp.feed import Feed
 from dist_amp.fit import Fit, blame
 from dist_amp.layer_dtypes import switch
+from dist_amp.meter import Meter
 from dist_amp.metrics import MetricsLike, to_numbers
 from dist_amp.pace import Pace
+from dist_amp.profiler import Profiler
 from dist_amp.rollback import RollbackPolicy
 from dist_amp.steps import Steps, reduction_of
 from dist_amp.stream import (
@@ -157,6 +159,7 @@ class Trainer(Steps):
         initial_epoch: int = 0,
         class_weight: Mapping[int, float] | None = None,
         verbose: str | int = "auto",
+        profiler: Profiler | None = None,
     ) -> keras.callbacks.History:
         """Trains the model.
 
@@ -192,6 +195,7 @@ class Trainer(Steps):
             initial_epoch: Epoch to start from if nothing is restored.
             class_weight: Weight of each class in the loss.
             verbose: 0 silent, 1 or "auto" a progress line, 2 a line an epoch.
+            profiler: Profiles some updates.
 
         Returns:
             The Keras `History`: `.history` holds a list for each name in the
@@ -217,14 +221,7 @@ class Trainer(Steps):
             self.build(dataset)
             policy = self._directed(save_policy or SavePolicy())
             self._check_recovery(dataset, checkpoint_dir, save_policy, rollback)
-            stream = Stream(
-                dataset,
-                self.feed(dataset, class_weight=class_weight),
-                batches_per_step=self.optimizer.gradient_accumulation_steps
-                or 1,
-                steps_per_epoch=steps_per_epoch,
-                gather=self._gather,
-            )
+            stream = self._make_stream(dataset, steps_per_epoch, class_weight)
             validation = self._prepare_test(validation_data, validation_steps)
             self.model.stop_training = False
             checkpointer = None
@@ -248,6 +245,8 @@ class Trainer(Steps):
                 rollback=rollback,
                 info=self.run_info,
                 beacon=self.beacon,
+                meter=Meter(dataset, self.optimizer.stopwatch),
+                profiler=profiler,
             )
             try:
                 self._fit.run(initial_epoch)
@@ -546,6 +545,20 @@ class Trainer(Steps):
             _log.info(
                 "stopped at step %d: %s", self.global_step, self._stop_reason
             )
+
+    def _make_stream(
+        self,
+        dataset: DatasetLike,
+        steps_per_epoch: int | None,
+        class_weight: Mapping[int, float] | None,
+    ) -> Stream:
+        return Stream(
+            dataset,
+            self.feed(dataset, class_weight=class_weight),
+            batches_per_step=self.optimizer.gradient_accumulation_steps or 1,
+            steps_per_epoch=steps_per_epoch,
+            gather=self._gather,
+        )
 
     def _check_recovery(
         self,

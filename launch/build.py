@@ -20,7 +20,7 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 import dist_amp
 from dist_amp import cluster as cluster_lib
 from dist_amp import data as data_lib
-from dist_amp import lars, losses, memory, storage, weights
+from dist_amp import lars, losses, memory, mfu, profiler, storage, weights
 from dist_amp import schedule as schedule_lib
 from dist_amp import strategy as strategy_lib
 from dist_amp.callbacks import JsonLines, TensorBoard, describe_epoch
@@ -423,6 +423,28 @@ def make_callbacks(
             lambda: {"peak_memory_bytes": memory.peak_bytes(trainer.strategy)},
         ),
     ]
+
+
+def make_profiler(
+    config: TrainConfig, run_dir: RunDir
+) -> profiler.Profiler | None:
+    """What `--profile_steps` asks for; TensorBoard finds it."""
+    if config.profile_steps is None:
+        return None
+    first, end = map(int, config.profile_steps.split(":"))
+    return profiler.Profiler(first, end, run_dir.tensorboard)
+
+
+def make_mfu(
+    config: TrainConfig, data: Data, trainer: dist_amp.Trainer
+) -> mfu.Mfu:
+    """Each worker needs it, before what writes the logs."""
+    replicas = trainer.strategy.num_replicas_in_sync
+    return mfu.Mfu(
+        trainer,
+        data.train,
+        per_replica_batch_size=-(-config.global_batch_size // replicas),
+    )
 
 
 def make_auto_layers(

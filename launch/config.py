@@ -312,6 +312,11 @@ class TrainConfig:
         "nothing", "What is lowered at each rollback.", ROLLBACK_LOWERED
     )
     rollback_factor: float = flag(0.5, "What it is multiplied by.")
+    profile_steps: str | None = flag(
+        None,
+        "FIRST:END, as 100:110: TensorFlow's profiler around the updates "
+        "after FIRST and up to END, for TensorBoard.",
+    )
     dry_run: bool = flag(
         False, "Builds, traces one step, prints the plan, and exits."
     )
@@ -327,6 +332,7 @@ class TrainConfig:
         self._check_optimizer()
         self._check_decay()
         self._check_recovery()
+        self._check_profile()
 
     # ------------------------------------------------------------ resolved
 
@@ -649,6 +655,24 @@ class TrainConfig:
                 "initial_weights",
                 "must end in .keras, .h5 or .safetensors",
                 weights,
+            )
+
+    def _check_profile(self) -> None:
+        first, _, end = (self.profile_steps or "0:1").partition(":")
+        is_range = first.isdecimal() and end.isdecimal()
+        if not (is_range and int(first) < int(end)):
+            _fail(
+                "profile_steps",
+                "must be FIRST:END with FIRST less than END, as 100:110",
+                self.profile_steps,
+            )
+        if self.steps is None or self.profile_steps is None:
+            return
+        if int(first) >= self.steps:
+            _contradict(
+                "profile_steps",
+                f"--steps={self.steps}",
+                "training ends before; name earlier updates",
             )
 
 

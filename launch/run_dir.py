@@ -34,6 +34,7 @@ _FREE = (
     "eval_steps",
     "data_dir",
     "compilation_cache",
+    "profile_steps",
     "strategy",
     "devices",
     "num_logical_cpus",

@@ -147,8 +147,10 @@ def _fit(
     from dist_amp import preemption
     from launch import build
 
+    profiler = None
     with contextlib.ExitStack() as stack:
         if devices.is_chief:
+            profiler = build.make_profiler(config, run_dir)
             stack.enter_context(build.open_run_dir(config, run_dir))
             trainer.run_info = run_dir.write_config(
                 config, **build.describe(config, devices, data, trainer)
@@ -167,7 +169,12 @@ def _fit(
             steps_per_loop=config.loop_length,
             validation_data=data.test,
             validation_steps=config.eval_steps,
-            callbacks=[*adapting, *callbacks],
+            callbacks=[
+                build.make_mfu(config, data, trainer),
+                *adapting,
+                *callbacks,
+            ],
+            profiler=profiler,
             checkpoint_dir=run_dir.checkpoints,
             save_policy=build.save_policy(config),
             rollback=build.rollback_policy(config),

@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from dist_amp.callbacks import JsonLines, Progress, describe_epoch
+from dist_amp.meter import MEASURED
 
 TRAIN_LOGS = {
     "accuracy": 0.5,
@@ -66,6 +67,38 @@ def test_a_terminal_gets_one_line_that_is_rewritten():
     assert 15 < len(shown) < 25  # not more than one in 0.1 s
     assert "epoch 1 20/40 [===...] 100 steps/s" in line
     assert "loss 1.250 accuracy 0.500 loss_scale 32768" in shown[-1]
+
+
+def test_the_line_is_cut_where_the_terminal_ends(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setenv("LINES", "24")
+    stream, clock = Terminal(), Clock()
+    progress = make_progress(stream, clock)
+    metrics = {f"accuracy_of_class_{index}": 0.125 for index in range(9)}
+    for batch in range(9):
+        clock.seconds += 1.0
+        # The last line is shorter: nothing of the others may be left.
+        logs = TRAIN_LOGS | (metrics if batch < 8 else {})
+        progress.on_train_batch_end(batch, logs)
+    assert "\n" not in stream.getvalue()
+    _, *lines = stream.getvalue().split("\r")
+    assert [len(line) for line in lines] == [79] * 9
+    assert lines[0].startswith("epoch 1 1/40 [......] 100 steps/s loss 1.250")
+    assert lines[8].rstrip().endswith("loss_scale 32768")
+
+
+def test_what_a_clock_measured_is_in_the_logs_alone():
+    measured = dict.fromkeys(MEASURED, 0.5) | {"steps_per_sec": 100.0}
+    for stream in (Terminal(), io.StringIO()):
+        clock = Clock()
+        progress = make_progress(stream, clock)
+        clock.seconds += 60.0
+        progress.on_train_batch_end(9, TRAIN_LOGS | measured)
+        progress.on_epoch_end(0, TRAIN_LOGS | measured)
+        shown = stream.getvalue()
+        assert "loss 1.250 accuracy 0.500 loss_scale 32768" in shown
+        assert not [name for name in MEASURED if name in shown]
+        assert shown.endswith("Epoch 1, Loss: 1.2500, Accuracy: 50.00\n")
 
 
 def test_a_file_gets_a_line_now_and_then_and_no_control_characters():

@@ -140,7 +140,7 @@ def test_the_flags_of_the_readme_exist():
     )
     fields = {name for kind in kinds for name in kind.__dataclass_fields__}
     # Of other programs than launch.train, and of all.
-    own = {"help", "onto", "output", "flagfile"}
+    own = {"help", "onto", "output", "flagfile", "out"}
     assert set(words) - own - {"signal"} <= fields
 
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 import dist_amp
 from dist_amp import data, storage
+from dist_amp.meter import MEASURED
 from tests import support
 
 NUM_EXAMPLES = 30  # four batches an epoch, the last one of six
@@ -129,9 +130,8 @@ def assert_same_bits(one, other):
 
 
 def assert_same_history(one, other):
-    measured = ("examples_per_sec", "steps_per_sec")
     plain = [
-        {k: v for k, v in t.model.history.history.items() if k not in measured}
+        {k: v for k, v in t.model.history.history.items() if k not in MEASURED}
         for t in (one, other)
     ]
     assert plain[0] == plain[1]

@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from launch import build
 from launch.config import TrainConfig
+from launch.run_dir import RunDir
 
 
 def model_of(*last):
@@ -66,6 +67,15 @@ def test_a_function_gets_what_it_takes():
 
     data = build._data_of(make, TrainConfig(global_batch_size=16))
     assert (len(data.train), len(data.test)) == (4, 1)
+
+
+def test_a_profile_goes_where_tensorboard_looks(tmp_path):
+    run_dir = RunDir(str(tmp_path))
+    assert build.make_profiler(TrainConfig(), run_dir) is None
+    config = TrainConfig(profile_steps="2:3")
+    profiler = build.make_profiler(config, run_dir)
+    assert [profiler.cut(9, step) for step in (0, 2, 3)] == [2, 1, 9]
+    assert list((tmp_path / "tensorboard" / "plugins").rglob("*.xplane.pb"))
 
 
 def test_an_error_in_the_users_function_keeps_its_traceback():

@@ -88,6 +88,12 @@ def test_defaults_are_the_tutorials_job():
             {"rollback_lower": "learning_rate"},
             "--rollback_lower contradicts no --rollback_on",
         ),
+        ({"profile_steps": "7"}, "--profile_steps must be FIRST:END"),
+        ({"profile_steps": "9:9"}, "--profile_steps must be FIRST:END"),
+        (
+            {"profile_steps": "50:60", "steps": 50},
+            "--profile_steps contradicts --steps=50: training ends before",
+        ),
         ({"initial_weights": "a.pt"}, "--initial_weights must end in .keras"),
         ({"ema": 1.0}, r"--ema must be in \[0, 1\)"),
         ({"ema_overwrite_frequency": 5}, "pass --ema"),

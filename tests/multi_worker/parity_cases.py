@@ -22,6 +22,7 @@ import tensorflow as tf
 import dist_amp
 from dist_amp import data
 from dist_amp import strategy as strategy_lib
+from dist_amp.meter import MEASURED
 from tests import support
 
 # Three batches of 8 and one of 3: some replicas get no example of it.
@@ -284,8 +285,7 @@ def train(
         for index, variable in enumerate(variables)
         if variable.name != "seed_generator_state"
     }
-    measured = ("examples_per_sec", "steps_per_sec")
-    return arrays, {n: v for n, v in history.items() if n not in measured}
+    return arrays, {n: v for n, v in history.items() if n not in MEASURED}
 
 
 def main(folder: str, num_devices: str, *names: str) -> None:
