@@ -28,7 +28,7 @@ class Tolerance:
 TOLERANCES = {
     "float32": Tolerance(loss=1e-5, gradient=1e-4, update=1e-3, state=1e-4),
     "float16": Tolerance(loss=2e-3, gradient=2e-2, update=5e-2, state=5e-3),
-    "bfloat16": Tolerance(loss=1e-2, gradient=5e-2, update=2e-1, state=2e-2),
+    "bfloat16": Tolerance(loss=1e-2, gradient=1e-1, update=3e-1, state=2e-2),
 }
 
 # What `what` of a difference may be, in the order in which they are looked at.
