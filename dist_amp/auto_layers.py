@@ -237,3 +237,21 @@ class AutoLayers(keras.callbacks.Callback):
         optimizer.set_loss_scale(2.0**exponent)
         scale = self._loss_scale()
         return scale if scale != before else None
+
+
+def pin_as_saved(trainer: Trainer, state: Mapping[str, Any]) -> None:
+    """Pins what `AutoLayers` of a run had pinned, for a model of that run.
+
+    Args:
+        trainer: Of a built model.
+        state: Of a checkpoint, from `storage.read_state`.
+    """
+    tree = LayerTree(trainer.model)
+    units = [
+        tree.layers[index]
+        for kind, saved in state.get("callbacks", ())
+        if kind == AutoLayers.__name__
+        for index in saved["indices"]
+    ]
+    if units:
+        trainer.pin([x for unit in units for x in tree.members_of(unit)])

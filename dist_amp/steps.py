@@ -65,6 +65,7 @@ class Steps:
             self.metrics = MetricSet(metrics)
         self.train_replica = self._unconverted(self._train_replica)
         self.test_replica = self._unconverted(self._test_replica)
+        self.predict_replica = self._unconverted(self._predict_replica)
         self._run = self._unconverted(self._run_on_replicas)
         self.run_update = (
             self._run_guarded
@@ -91,6 +92,7 @@ class Steps:
         ours = (
             Steps.train_step,
             Steps.test_step,
+            Steps.predict_step,
             Steps.compute_loss,
             Steps.compute_gradients,
         )
@@ -130,6 +132,17 @@ class Steps:
         predictions = self._predict(batch, training=False)
         loss = self.compute_loss(batch, predictions)
         self.metrics.update(batch, loss, predictions)
+
+    def predict_step(self, batch: Batch) -> Any:
+        """Forward in inference mode; runs in a replica.
+
+        Args:
+            batch: This replica's slice of the global batch.
+
+        Returns:
+            A structure of tensors, each with a row for each example.
+        """
+        return self._predict(batch, training=False)
 
     def compute_gradients(
         self, batch: Batch
@@ -323,6 +336,25 @@ class Steps:
 
         return test_loop
 
+    def make_predict_call(self) -> Any:
+        """Compiles `call(slices) -> [(predictions, rows), ...]`.
+
+        One pair for each replica of this host, in order; of the predictions
+        the first so many rows are of examples.
+        """
+        local = self.strategy.experimental_local_results
+
+        @tf.function(reduce_retracing=True)
+        def predict_call(slices: Any) -> list[Any]:
+            results = self._run(self.predict_replica, slices)
+            leaves = [local(leaf) for leaf in tf.nest.flatten(results)]
+            return [
+                tf.nest.pack_sequence_as(results, one)
+                for one in zip(*leaves, strict=True)
+            ]
+
+        return predict_call
+
     def is_on(self, kind: str) -> bool:
         """Whether any replica is on a "CPU", "GPU" or "TPU"."""
         devices = self.strategy.extended.worker_devices
@@ -371,6 +403,11 @@ class Steps:
         with fused.kernels():
             self.test_step(batch)
 
+    def _predict_replica(self, batch: Batch) -> tuple[Any, tf.Tensor]:
+        with fused.kernels():
+            predictions = self.predict_step(batch)
+        return predictions, tf.cast(_num_rows(batch), tf.int32)
+
     def _statistics_to_settle(self) -> list[keras.Variable]:
         """None on one device that skips nothing: they are right as they are."""
         skips = isinstance(self.optimizer, LossScaleOptimizer)
@@ -383,17 +420,15 @@ class Steps:
         self.optimizer.guarded(lambda: self._run(self.train_replica, slices))
 
     def _run_on_replicas(
-        self, step: Callable[[Batch], None], slices: Batch | tuple[Batch, ...]
-    ) -> None:
-        """Runs a step on each replica's slice."""
+        self, step: Callable[[Batch], Any], slices: Batch | tuple[Batch, ...]
+    ) -> Any:
+        """Runs a step on each replica's slice; what it returns, by replica."""
         if isinstance(slices, Batch):  # of per-replica values
-            self.strategy.run(step, args=(slices,))
-            return
+            return self.strategy.run(step, args=(slices,))
         if len(slices) == 1:
-            self.strategy.run(step, args=(slices[0],))
-            return
+            return self.strategy.run(step, args=(slices[0],))
         local = iter(slices)
-        self.strategy.run(
+        return self.strategy.run(
             step,
             args=(
                 self.strategy.experimental_distribute_values_from_function(

@@ -241,9 +241,29 @@ def read_tensors(path: str, prefix: str = "") -> dict[str, np.ndarray]:
     }
 
 
+def read_verified(path: str, prefix: str = "") -> dict[str, np.ndarray]:
+    """The same, once the checksums are found right.
+
+    Raises:
+        DamagedError: It is damaged or no whole checkpoint.
+    """
+    try:
+        manifest = check(path)
+    except DamagedError as error:
+        raise DamagedError(f"{path} is damaged: {error}.") from error
+    if manifest is None:
+        raise DamagedError(f"{path} is cut short: no checkpoint.")
+    return read_tensors(path, prefix)
+
+
 def read_state(path: str) -> dict[str, Any]:
     """The plain values of a checkpoint."""
     return json.loads(_read_text(_join(path, STATE)))["state"]
+
+
+def is_checkpoint(path: str) -> bool:
+    """Whether a path is that of a checkpoint, by its name."""
+    return bool(_NAME.search(path.rstrip("/")))
 
 
 def find(directory: str) -> list[str]:
@@ -307,7 +327,7 @@ def lock(directory: str) -> Iterator[None]:
     os.makedirs(directory, exist_ok=True)
     with open(pathlib.Path(directory, _LOCK), "a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _take(file)
         except OSError as error:
             if not isinstance(error, BlockingIOError):
                 _log.warning("%s cannot be locked: %s", directory, error)
@@ -324,7 +344,38 @@ def lock(directory: str) -> Iterator[None]:
         yield
 
 
+def is_locked(directory: str) -> bool:
+    """Whether a process, this one included, holds the folder's lock.
+
+    False on remote file systems, which have none.
+    """
+    file = pathlib.Path(directory, _LOCK)
+    if not _is_local(directory) or not file.exists():
+        return False
+    with open(file) as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # a file system without locks
+            return False
+    return False
+
+
 # ------------------------------------------------------------------- private
+
+
+def _take(file: Any) -> None:
+    """Takes a lock that `is_locked` of others may hold for an instant."""
+    for is_last in (False, False, True):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if is_last:
+                raise
+            time.sleep(0.05)
+        else:
+            return
 
 
 def key_of(path: str) -> tuple[int, int]:

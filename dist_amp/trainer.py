@@ -27,6 +27,7 @@ from dist_amp.layer_dtypes import switch
 from dist_amp.meter import Meter
 from dist_amp.metrics import MetricsLike, to_numbers
 from dist_amp.pace import Pace
+from dist_amp.predictions import gathered, joined
 from dist_amp.profiler import Profiler
 from dist_amp.rollback import RollbackPolicy
 from dist_amp.steps import Steps, reduction_of
@@ -296,6 +297,45 @@ class Trainer(Steps):
         assert results is not None  # it may not be stopped
         return results
 
+    def predict(
+        self, dataset: tf.data.Dataset, *, steps: int | None = None
+    ) -> Any:
+        """What the model returns for every example, in the dataset's order.
+
+        On any number of replicas and workers, whatever the size of the last
+        batch. Override `predict_step` to return something else.
+
+        Args:
+            dataset: Global batches as in `fit`, or of `x` alone; the same on
+                every worker.
+            steps: Batches to use; all by default.
+
+        Returns:
+            Arrays `[num_examples, ...]` in host memory, in the structure that
+            the model returns, the same on every worker.
+
+        Raises:
+            ValueError: The dataset is empty, repeats for ever and `steps` is
+                None, or the workers' differ in length.
+        """
+        _check_has_end(dataset, steps)
+        batches = dataset if steps is None else dataset.take(steps)
+        with self._watched():
+            if not self._is_built:  # metrics may wait for targets
+                with self.strategy.scope():
+                    self._build_model(dataset)
+            iterator = iter(self.feed(batches).open(lambda: batches))
+            count = functools.partial(counts_of, iterator)
+            with self.beacon.phase("evaluation", count):
+                return joined(
+                    gathered(
+                        self.strategy,
+                        iterator,
+                        self._predict_call,
+                        self._gather,
+                    )
+                )
+
     def request_stop(self, reason: str = "asked to stop") -> None:
         """Ends `fit` after the compiled call under way, with a checkpoint.
 
@@ -351,16 +391,8 @@ class Trainer(Steps):
         """
         if self._is_built:
             return
-        first_pass = one_pass(dataset)
-        _check_dataset(first_pass)
-        spec = first_pass.element_spec
-        parts = spec if isinstance(spec, tuple) else (spec,)
-        zeros = functools.partial(
-            _zeros, has_fixed_size=_has_fixed_size(self.model)
-        )
-        x, y = (*tf.nest.map_structure(zeros, parts), None)[:2]
         with self.strategy.scope():
-            predictions = self.model(x, training=False)
+            y, predictions = self._build_model(dataset)
             self.optimizer.build(self.model.trainable_variables)
             self.metrics.build(y, predictions)
         self._check_combinations()
@@ -463,12 +495,25 @@ class Trainer(Steps):
 
     # ------------------------------------------------------------ private
 
+    def _build_model(self, dataset: DatasetLike) -> tuple[Any, Any]:
+        """Targets of zeros, and what the model returns for such inputs."""
+        first_pass = one_pass(dataset)
+        _check_dataset(first_pass)
+        spec = first_pass.element_spec
+        parts = spec if isinstance(spec, tuple) else (spec,)
+        zeros = functools.partial(
+            _zeros, has_fixed_size=_has_fixed_size(self.model)
+        )
+        x, y = (*tf.nest.map_structure(zeros, parts), None)[:2]
+        return y, self.model(x, training=False)
+
     def _make_loops(self) -> None:
         """Compiled loops, to be traced when they are called."""
         self._train_loop = self.make_train_loop()
         self._stacked_loop: Any = None
         self._stacked_spec: Any = None
         self._test_loop = self.make_test_loop()
+        self._predict_call = self.make_predict_call()
         self._train_lockstep = self.make_lockstep(self.run_update)
         self._test_lockstep = self.make_lockstep(
             functools.partial(self._run, self.test_replica)
@@ -725,11 +770,7 @@ class Trainer(Steps):
         """What `_test` takes; None for no dataset."""
         if dataset is None:
             return None
-        if steps is None and is_infinite(dataset):
-            raise ValueError(
-                "`steps` is needed: the dataset repeats for ever "
-                "(`validation_steps` in `fit`, --eval_steps)."
-            )
+        _check_has_end(dataset, steps)
         length = steps
         if steps is None:
             length, is_padded = agree_on_length(
@@ -788,6 +829,14 @@ def _wrapped(
     return optimizer_lib.wrap_optimizer(
         optimizer, loss_scale="dynamic" if needs_scale else "auto"
     )
+
+
+def _check_has_end(dataset: tf.data.Dataset, steps: int | None) -> None:
+    if steps is None and is_infinite(dataset):
+        raise ValueError(
+            "`steps` is needed: the dataset repeats for ever "
+            "(`validation_steps` in `fit`, --eval_steps)."
+        )
 
 
 def _check_dataset(dataset: tf.data.Dataset) -> None:

@@ -5,13 +5,14 @@ import pathlib
 import re
 import zipfile
 from collections.abc import Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import h5py
 import keras
 import numpy as np
 from safetensors import numpy as safetensors
 
+from dist_amp import storage
 from dist_amp import strategy as strategy_lib
 
 _Value = TypeVar("_Value")
@@ -27,13 +28,17 @@ def load(model: keras.Model, path: str) -> None:
         path: `.keras`, `.weights.h5` or `.h5` that Keras saved from a model
             of the same layers, or `.safetensors` with a tensor for each
             variable by its path. The model's own name, and the numbers that
-            Keras adds to layers' names, need not agree.
+            Keras adds to layers' names, need not agree. Or the folder of a
+            checkpoint of such a model.
 
     Raises:
         ValueError: The file is of another kind, or of another model; the
             message lists what differs.
         OSError: The file cannot be read.
     """
+    if storage.is_checkpoint(path):
+        _load_checkpoint(model, path)
+        return
     suffix = _suffix_of(path)
     if not pathlib.Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
@@ -68,6 +73,42 @@ def assign(
     for name, variable in variables.items():
         for copy in strategy_lib.local_copies(variable):
             copy.assign(found[name])
+
+
+def _load_checkpoint(model: keras.Model, path: str) -> None:
+    """By place: paths of variables need not differ within a model."""
+    tensors = storage.read_verified(path, "model/")
+    there = {
+        int(place): (name, tensors[f"model/{place}/{name}"])
+        for _, place, name in (key.split("/", maxsplit=2) for key in tensors)
+    }
+    here = dict(enumerate(model.variables))
+    differences = [
+        f"variable {place}: {_shown(there.get(place))} there, "
+        f"{_shown(_named(here.get(place)))} here"
+        for place in sorted({*there, *here})
+        if _shown(there.get(place)) != _shown(_named(here.get(place)))
+    ]
+    if differences:
+        raise ValueError(
+            f"{path} is of another model:\n  " + "\n  ".join(differences[:10])
+        )
+    for place, variable in here.items():
+        if not is_weight(variable.path):
+            continue
+        for copy in strategy_lib.local_copies(variable):
+            copy.assign(there[place][1])
+
+
+def _named(variable: keras.Variable | None) -> tuple[str, Any] | None:
+    return None if variable is None else (variable.path, variable)
+
+
+def _shown(named: tuple[str, Any] | None) -> str:
+    """Name, without the numbers that Keras adds, and shape."""
+    if named is None:
+        return "none"
+    return f"{re.sub(r'_[0-9]+', '', named[0])} {list(named[1].shape)}"
 
 
 def _load_with_keras(model: keras.Model, path: str) -> None:

@@ -171,13 +171,7 @@ def load_data(config: TrainConfig) -> Data:
 def _load(config: TrainConfig) -> Data:
     if config.dataset.partition(":")[2].isidentifier():
         return _data_of(_imported("dataset", config.dataset), config)
-    try:
-        builder = data_lib.prepare_tfds(config.dataset, config.data_dir)
-    except DatasetNotFoundError as error:
-        raise ConfigError(
-            f"--dataset={config.dataset} is no dataset of TFDS, nor "
-            "module:function."
-        ) from error
+    builder = _prepared(config)
     train = data_lib.read_tfds(
         builder,
         "train",
@@ -195,15 +189,82 @@ def _load(config: TrainConfig) -> Data:
     return Data(train, test, data_lib.num_classes_of(builder))
 
 
+def _prepared(config: TrainConfig) -> Any:
+    """The builder of a TFDS dataset."""
+    try:
+        return data_lib.prepare_tfds(config.dataset, config.data_dir)
+    except DatasetNotFoundError as error:
+        raise ConfigError(
+            f"--dataset={config.dataset} is no dataset of TFDS, nor "
+            "module:function."
+        ) from error
+
+
+def load_split(config: TrainConfig, split: str) -> Data:
+    """One split, once, in its own order, for whatever it is wanted.
+
+    Args:
+        config: The settings.
+        split: "train", "test" (or what is there for it), any split of TFDS,
+            or what the user's function takes.
+
+    Raises:
+        ConfigError: There is no such split.
+    """
+    num_classes = None
+    if config.dataset.partition(":")[2].isidentifier():
+        function = _imported("dataset", config.dataset)
+        takes_split = "split" in inspect.signature(function).parameters
+        if split != "train" and not takes_split:
+            raise ConfigError(
+                f"--split={split}: {config.dataset} takes no `split`; pass "
+                "--split=train."
+            )
+        dataset = _user_dataset(function, split, config)
+    else:
+        builder = _prepared(config)
+        if split == "test":
+            split = data_lib.test_split_of(builder) or split
+        try:
+            builder.info.splits[split]
+        except (KeyError, ValueError) as error:
+            found = ", ".join(builder.info.splits)
+            raise ConfigError(
+                f"--split={split}: {config.dataset} has {found}."
+            ) from error
+        num_classes = data_lib.num_classes_of(builder)
+        dataset = data_lib.read_tfds(
+            builder, split, global_batch_size=config.batch_size
+        )
+    if config.input_dtype != "float32":
+        dataset = data_lib.cast_inputs(dataset, dtype=config.input_dtype)
+    dataset = one_pass(dataset)
+    return Data(dataset, dataset, num_classes)
+
+
 def make_trainer(
-    config: TrainConfig, devices: Devices, data: Data
+    config: TrainConfig,
+    devices: Devices,
+    data: Data,
+    *,
+    trains: bool = True,
 ) -> dist_amp.Trainer:
-    """Makes model and optimizer in the scope, and the trainer around them."""
+    """Makes model and optimizer in the scope, and the trainer around them.
+
+    Args:
+        config: The settings.
+        devices: From `make_devices`.
+        data: From `load_data` or `load_split`.
+        trains: Else the optimizer is one that keeps no state.
+    """
     # Again: what reading data took of the generators must change no weight.
     _seed(config)
     with dist_amp.scope(devices.strategy, devices.precision):
         model = make_model(config, data)
-        optimizer = make_optimizer(config, data)
+        if trains:
+            optimizer = make_optimizer(config, data)
+        else:
+            optimizer = dist_amp.wrap_optimizer(keras.optimizers.SGD())
     for name in config.metrics:
         _check_metric(name)
     return dist_amp.Trainer(

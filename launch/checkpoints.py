@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from launch import saved
 from launch.quiet import start_tensorflow
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _verify(run_dir: str) -> int:
         _, problem = _read(path, is_thorough=True)
         print(f"{path}: {problem or 'whole'}")
         problems += problem not in ("", _CUT_SHORT)
-    for path in storage.find_damaged(_folder_of(run_dir)):
+    for path in storage.find_damaged(saved.folder_of(run_dir)):
         print(f"{path}: set aside as damaged")
         problems += 1
     return 1 if problems else 0
@@ -133,10 +134,12 @@ def _diff(run_dir: str, *which: str) -> int:
 
     from dist_amp import storage
 
-    paths = [_path_of(run_dir, one) for one in which] or _find(run_dir)[-2:]
+    paths = [saved.path_of(run_dir, one) for one in which] or _find(run_dir)[
+        -2:
+    ]
     if len(paths) != 2:
         raise ValueError(f"two checkpoints are compared. Received {paths}.")
-    one, other = (_tensors_of(path) for path in paths)
+    one, other = (storage.read_verified(path) for path in paths)
     names = sorted({*one, *other})
     num_different, rows = 0, []
     for name in names:
@@ -168,25 +171,35 @@ def _diff(run_dir: str, *which: str) -> int:
 
 
 def _export(run_dir: str) -> int:
+    from dist_amp import storage
+
     step = flags.FLAGS.step
-    path = _newest(run_dir) if step is None else _path_of(run_dir, str(step))
+    path = (
+        saved.newest(run_dir)
+        if step is None
+        else saved.path_of(run_dir, str(step))
+    )
     prefix = "" if flags.FLAGS.all else "model/"
-    _write(path, _tensors_of(path, prefix))
+    _write(path, storage.read_verified(path, prefix))
     return 0
 
 
 def _average(run_dir: str) -> int:
     """Integers and random states are those of the last one."""
+    from dist_amp import storage
+
     steps = flags.FLAGS.steps
-    paths = [_path_of(run_dir, step) for step in steps] or _whole(run_dir)
+    paths = [saved.path_of(run_dir, step) for step in steps] or saved.whole(
+        run_dir
+    )
     if len(paths) < 2:
         raise ValueError(f"there must be two or more. Received {paths}.")
-    last = _tensors_of(paths[-1], "model/")
+    last = storage.read_verified(paths[-1], "model/")
     averaged = dict(last)
     floats = [n for n, tensor in last.items() if "float" in tensor.dtype.name]
     total = {name: last[name].astype("float64") for name in floats}
     for path in paths[:-1]:
-        tensors = _tensors_of(path, "model/")
+        tensors = storage.read_verified(path, "model/")
         if tensors.keys() != last.keys():
             raise ValueError(f"{path} is of another model than {paths[-1]}.")
         for name in floats:
@@ -211,49 +224,10 @@ _CUT_SHORT = "cut short: no checkpoint"
 # -------------------------------------------------------------------- private
 
 
-def _folder_of(run_dir: str) -> str:
-    """Where the checkpoints are: in the folder, or in its `checkpoints`."""
-    from dist_amp import storage
-
-    inner = f"{run_dir.rstrip('/')}/checkpoints"
-    for folder in (inner, run_dir):
-        if storage.find(folder) or storage.find_damaged(folder):
-            return folder
-    raise ValueError(f"there is no checkpoint in {run_dir} or {inner}.")
-
-
 def _find(run_dir: str) -> list[str]:
     from dist_amp import storage
 
-    return storage.find(_folder_of(run_dir))
-
-
-def _whole(run_dir: str) -> list[str]:
-    from dist_amp.checkpoint import whole_manifests
-
-    return list(whole_manifests(_folder_of(run_dir)))
-
-
-def _newest(run_dir: str) -> str:
-    whole = _whole(run_dir)
-    if not whole:
-        raise ValueError(f"there is no whole checkpoint in {run_dir}.")
-    return whole[-1]
-
-
-def _path_of(run_dir: str, which: str) -> str:
-    """A step of the run, or a checkpoint by its path."""
-    if not which.isdigit():
-        return which
-    paths = [
-        path
-        for path in _whole(run_dir)
-        if path.rpartition("/")[2].split(".")[0] == f"ckpt-{which}"
-    ]
-    if not paths:
-        found = ", ".join(p.rpartition("-")[2] for p in _whole(run_dir))
-        raise ValueError(f"there is no step {which}, but {found}.")
-    return paths[-1]
+    return storage.find(saved.folder_of(run_dir))
 
 
 def _read(path: str, *, is_thorough: bool) -> tuple["Manifest | None", str]:
@@ -276,19 +250,6 @@ def _epochs_of(path: str) -> str:
         return str(storage.read_state(path).get("epoch", 0))
     except (*storage.IO_ERRORS, ValueError, KeyError):
         return "?"
-
-
-def _tensors_of(path: str, prefix: str = "") -> dict[str, Any]:
-    """What a checkpoint holds, once its checksums are found right."""
-    from dist_amp import storage
-
-    try:
-        manifest = storage.check(path)
-    except storage.DamagedError as error:
-        raise ValueError(f"{path} is damaged: {error}.") from error
-    if manifest is None:
-        raise ValueError(f"{path} is {_CUT_SHORT}.")
-    return storage.read_tensors(path, prefix)
 
 
 def _write(path: str, tensors: dict[str, Any]) -> None:

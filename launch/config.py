@@ -676,6 +676,12 @@ class TrainConfig:
             )
 
 
+def same_flag(name: str) -> Any:
+    """A field like that of `TrainConfig`, for a program that takes a few."""
+    field = TrainConfig.__dataclass_fields__[name]
+    return dataclasses.field(default=field.default, metadata=field.metadata)
+
+
 _SCALE_OPTIONS = (
     "loss_scale_initial",
     "loss_scale_growth_interval",

@@ -145,9 +145,7 @@ def _load_weights(config: NumericsConfig, trainer: Any) -> str:
     is_named = config.run_dir or config.checkpoint_dir
     try:
         if is_named and checkpoints:
-            tensors = storage.read_tensors(checkpoints[-1], "model/")
-            named = {n.split("/", maxsplit=2)[2]: t for n, t in tensors.items()}
-            weights.assign(trainer.model, named, source=checkpoints[-1])
+            weights.load(trainer.model, checkpoints[-1])
             return checkpoints[-1]
         if is_named and run_dir.model.exists():
             weights.load(trainer.model, str(run_dir.model))

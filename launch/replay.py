@@ -20,10 +20,10 @@ from typing import Any
 
 from absl import flags
 
-from launch.config import ConfigError, TrainConfig, check_positive, flag
+from launch.config import ConfigError, check_positive, flag
 from launch.flags import read_command_line
 from launch.quiet import quiet_start
-from launch.run_dir import RunDir
+from launch.run_dir import RunDir, settings_of
 from launch.train import is_ours
 
 
@@ -95,26 +95,6 @@ def replay(config: ReplayConfig) -> int:
         }
         pathlib.Path(config.json).write_text(json.dumps(content) + "\n")
     return 0
-
-
-def settings_of(run_dir: str) -> TrainConfig:
-    """The settings that a run was started with.
-
-    Raises:
-        ConfigError: The folder holds none.
-    """
-    path = RunDir(run_dir).config
-    try:
-        settings = json.loads(path.read_text())["settings"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(
-            f"--run_dir={run_dir} holds no run: {path} cannot be read."
-        ) from error
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in settings.items()
-    }
-    return TrainConfig(**{**values, "run_dir": run_dir})
 
 
 def _lines_of(result: Any) -> Iterator[str]:

@@ -48,6 +48,33 @@ _FREE = (
     "collective_timeout",
     "heartbeat_timeout",
 )
+# What of a run's settings is about updates, and about devices that the run had:
+# not for what its model is asked later, maybe elsewhere.
+_OF_UPDATES = (
+    "strategy",
+    "devices",
+    "num_logical_cpus",
+    "all_reduce",
+    "tpu",
+    "tpu_zone",
+    "tpu_project",
+    "workers",
+    "task_index",
+    "startup_timeout",
+    "collective_timeout",
+    "heartbeat_timeout",
+    "loss_scale",
+    "loss_scale_initial",
+    "loss_scale_growth_interval",
+    "loss_scale_min",
+    "loss_scale_max",
+    "wire_dtype",
+    "wire_check_interval",
+    "wire_error_bound",
+    "jit_compile",
+    "compilation_cache",
+    "gradient_accumulation_steps",
+)
 _PACKAGES = ("tensorflow", "keras", "numpy", "tensorflow-datasets")
 
 
@@ -141,6 +168,62 @@ class RunDir:
             for name, value in now.items()
             if name not in free and name in before and before[name] != value
         ]
+
+
+def settings_of(run_dir: str) -> TrainConfig:
+    """The settings that a run was started with.
+
+    Raises:
+        ConfigError: The folder holds none.
+    """
+    settings = _content_of(run_dir)["settings"]
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in settings.items()
+    }
+    return TrainConfig(**{**values, "run_dir": run_dir})
+
+
+def settings_to_infer(run_dir: str, **own: Any) -> TrainConfig:
+    """The run's model, data, loss, metrics and precision, on other devices.
+
+    Args:
+        run_dir: The run's folder.
+        **own: Settings of devices and of batches; None: as the run has it.
+
+    Raises:
+        ConfigError: The folder holds no run, or they do not go together.
+    """
+    config = settings_of(run_dir)
+    precision = config.precision
+    if precision == "auto":  # what it became where the run was
+        precision = _content_of(run_dir)["resolved"]["precision"]
+    defaults = {
+        name: TrainConfig.__dataclass_fields__[name].default
+        for name in _OF_UPDATES
+    }
+    given = {name: value for name, value in own.items() if value is not None}
+    return dataclasses.replace(
+        config,
+        **{
+            **defaults,
+            "global_batch_size": config.batch_size,
+            "precision": precision,
+            **given,
+        },
+    )
+
+
+def _content_of(run_dir: str) -> dict[str, Any]:
+    path = RunDir(run_dir).config
+    try:
+        content = json.loads(path.read_text())
+        content["settings"], content["resolved"]["precision"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(
+            f"--run_dir={run_dir} holds no run: {path} cannot be read."
+        ) from error
+    return content
 
 
 def _versions() -> dict[str, str]:

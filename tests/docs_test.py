@@ -20,7 +20,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 MODULES = ["optimizer", "precision", "strategy", "trainer", "loss_scale"]
 MODULES += ["schedule", "checkpoint", "rollback", "cloud_tpu", "verify"]
-MODULES += ["ranges", "numerics", "auto_layers", "lars", "losses"]
+MODULES += ["ranges", "numerics", "auto_layers", "lars", "losses", "export"]
 
 
 def blocks(language):

@@ -169,6 +169,7 @@ class Case:
     of_worker: Callable[[int], tf.data.Dataset] | None = None
     num_replicas: int = 1
     tolerance: str | None = None  # as of this precision; else its own
+    predicts: bool = False
 
     def data(
         self, index: int | None
@@ -188,7 +189,7 @@ def wired(dtype, **options):
 
 SCALED = {"loss_scale_options": {"initial_scale": 2.0**10}}
 CASES = {
-    "float32": Case(options={"metrics": ["accuracy"]}),
+    "float32": Case(options={"metrics": ["accuracy"]}, predicts=True),
     "float16": Case(precision="mixed_float16", options=SCALED),
     "bfloat16": Case(precision="mixed_bfloat16"),
     "weights": Case(
@@ -224,7 +225,7 @@ CASES = {
     ),
     "compiled": Case(options={"jit_compile": True}),
     "unknown length": Case(unknown_length),
-    "validation": Case(validation=unknown_length),
+    "validation": Case(validation=unknown_length, predicts=True),
     "uneven": Case(without_worker_1(3), of_worker=worker_1_has(3)),
     "uneven, unknown length": Case(
         without_worker_1(3), of_worker=worker_1_has(3, is_known=False)
@@ -260,7 +261,7 @@ def train(
     strategy: tf.distribute.Strategy | None = None,
     index: int | None = None,
 ) -> tuple[dict[str, np.ndarray], dict[str, list[float]]]:
-    """Variables of the model and the optimizer, and the history."""
+    """Variables of model and optimizer, predictions, and the history."""
     trainer = support.make_trainer(
         case.make_model,
         case.make_optimizer,
@@ -285,6 +286,8 @@ def train(
         for index, variable in enumerate(variables)
         if variable.name != "seed_generator_state"
     }
+    if case.predicts:
+        arrays["predictions"] = trainer.predict(validation or dataset)
     return arrays, {n: v for n, v in history.items() if n not in MEASURED}
 
 
