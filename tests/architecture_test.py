@@ -80,7 +80,7 @@ def test_the_library_knows_no_flags_and_prints_nothing():
 
 def test_settings_are_checked_without_tensorflow():
     plain = ("config", "flags", "run_dir", "quiet", "train")
-    plain += ("numerics", "plan", "verify")
+    plain += ("numerics", "plan", "verify", "saved", "evaluate", "export")
     jobs = ("job", "yaml_text", "slurm", "kubernetes", "cloud_tpu")
     for name in (*plain, *jobs, "findings", "host", "doctor"):
         tree = ast.parse((ROOT / "launch" / f"{name}.py").read_text())
