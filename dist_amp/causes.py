@@ -75,7 +75,10 @@ def explain(
         lambda: _partial(subject, batches),
     )
     for rule in rules:
-        cause = rule()
+        try:
+            cause = rule()
+        except (TypeError, ValueError, RuntimeError, tf.errors.OpError):
+            continue  # a model that the rule was not made for
         if cause:
             return cause
     return (

@@ -317,7 +317,11 @@ def cast_inputs(dataset: DatasetLike, dtype: str) -> Any:
     if isinstance(dataset, tf.data.Dataset):
         return dataset.map(convert, num_parallel_calls=_AUTOTUNE)
     if isinstance(dataset, ArrayBatches):
-        return dataset.map(lambda rows: convert(*rows))
+        return dataset.map(
+            lambda rows: (
+                convert(*rows) if isinstance(rows, tuple) else convert(rows)
+            )
+        )
     return lambda number: dataset(number).map(
         convert, num_parallel_calls=_AUTOTUNE
     )

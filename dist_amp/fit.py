@@ -140,6 +140,11 @@ class Fit:
         """Epoch, and batch of it, from 0."""
         return self._stream.epoch, self._stream.batch
 
+    def peek(self) -> list[Any]:
+        """The batches of the next update, as they are fed; see `Stream`."""
+        _, per_step = self._stream.next_call(1)
+        return self._stream.peek(per_step)
+
     def expect_trace(self) -> None:
         """The next call will trace the loop anew: it takes its time."""
         self._pace.is_traced = False

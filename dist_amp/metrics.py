@@ -6,6 +6,7 @@ example, and a replica with no example adds nothing.
 """
 
 import contextlib
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -125,6 +126,8 @@ class MetricSet:
         rows = padding.weights_of_rows(batch)
         weights = {} if rows is None else {"sample_weight": rows}
         for key, metric in self._metrics:
+            if weights:
+                _check_takes_weights(metric)
             metric.update_state(
                 _pick(batch.y, key), _pick(predictions, key), **weights
             )
@@ -261,6 +264,18 @@ def _accuracy_for(
     if y.shape.rank < prediction.shape.rank or y.shape[-1] == 1:
         return keras.metrics.SparseCategoricalAccuracy
     return keras.metrics.CategoricalAccuracy
+
+
+def _check_takes_weights(metric: keras.metrics.Metric) -> None:
+    """Where slices are padded, weights tell what is an example."""
+    names = inspect.signature(metric.update_state).parameters
+    if "sample_weight" not in names:
+        raise ValueError(
+            f"The metric {metric.name!r} takes no `sample_weight`, and would "
+            "count the copies that fill up a smaller last batch on a TPU: give "
+            "its `update_state` one, or drop the last batch "
+            "(`batch(size, drop_remainder=True)`)."
+        )
 
 
 def _pick(structure: Any, key: str | None) -> Any:

@@ -118,6 +118,7 @@ def make(
     program = None
     if trainer.is_on("TPU"):
         program = ahead_of_time.program_of(step, num_replicas)
+    parts = trainer.optimizer.gradient_accumulation_steps or 1
     flops, uncounted = graphs.flops_of(step.graph)
     model, optimizer = trainer.model, trainer.optimizer
     gradients = memory.bytes_of(model.trainable_variables)
@@ -133,7 +134,7 @@ def make(
         num_replicas=num_replicas,
         per_replica_batch_size=per_replica_batch_size,
         parameters=model.count_params(),
-        flops=flops * num_replicas,
+        flops=flops * num_replicas * parts,
         uncounted_products=uncounted,
         parameter_bytes=memory.bytes_of(model.variables),
         optimizer_bytes=memory.bytes_of(optimizer.variables),
@@ -145,14 +146,15 @@ def make(
 
 
 def flops_of_replica(trainer: Trainer, dataset: DatasetLike, rows: int) -> int:
-    """FLOPs of a train step in one replica, by a trace of it.
+    """FLOPs of an update in one replica, by a trace of it.
 
     Args:
         trainer: On any strategy.
         dataset: As in `Trainer.fit`; only its shapes are looked at.
-        rows: Examples of the replica.
+        rows: Examples of the replica, of one batch if it accumulates.
     """
     flops, _ = graphs.flops_of(_traced(trainer, dataset, rows).graph)
+    flops *= trainer.optimizer.gradient_accumulation_steps or 1
     # A TPU's replicas share a program; others have each their own.
     devices = trainer.strategy.extended.worker_devices
     return flops if trainer.is_on("TPU") else flops // len(devices)

@@ -6,10 +6,11 @@ update's batch is looked at: in the run's precision on each replica, and in
 float32 layer by layer.
 """
 
+import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -17,8 +18,8 @@ import numpy as np
 import tensorflow as tf
 
 from dist_amp import data, numerics, reduction, storage
-from dist_amp.arrays import ArrayBatches
-from dist_amp.stream import DatasetLike, Stream
+from dist_amp import strategy as strategy_lib
+from dist_amp.stream import DatasetLike
 from dist_amp.trainer import Trainer
 
 _FLOAT16_MAX = 65504.0
@@ -76,6 +77,7 @@ def replay(
     step: int,
     *,
     checkpoint_dir: str | None = None,
+    epochs: int | None = None,
     steps_per_epoch: int | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> Replay:
@@ -87,6 +89,7 @@ def replay(
         step: Of training, from 1, as the log tells it.
         checkpoint_dir: Of the run; nothing is written there. None, or without
             a checkpoint from before the step: training goes from the start.
+        epochs: As in the run.
         steps_per_epoch: As in the run.
         callbacks: Of the run, those that change the training.
 
@@ -94,43 +97,56 @@ def replay(
         ValueError: The run is not that long, or the step takes no batch.
     """
     found = newest_before(checkpoint_dir, step) if checkpoint_dir else None
+    arrival = _Arrival(trainer, step - 1)
     with tempfile.TemporaryDirectory() as folder:
-        begin = 0
         if found:
-            path, begin = found
-            _copy(path, os.path.join(folder, os.path.basename(path)))
-        if begin == step - 1:
-            trainer.request_stop("the update is next")
-        trainer.fit(
-            dataset,
-            epochs=step + 1,  # it is stopped before
-            steps_per_epoch=steps_per_epoch,
-            steps_per_loop=1,
-            callbacks=[*callbacks, _StopAt(trainer, step - 1)],
-            checkpoint_dir=folder,
-            verbose=0,
-        )
-    if trainer.global_step != step - 1:
+            name = os.path.basename(found[0])
+            _copy(found[0], os.path.join(folder, name))
+        with contextlib.suppress(_ArrivedError):
+            trainer.fit(
+                dataset,
+                epochs=epochs or step + 1,
+                steps_per_epoch=steps_per_epoch,
+                steps_per_loop=1,
+                callbacks=[*callbacks, arrival],
+                checkpoint_dir=folder,
+                verbose=0,
+            )
+    if not arrival.batches:
         raise ValueError(
             f"`step` must be one of the run's. Received {step}; training ended "
             f"at step {trainer.global_step} (--step)."
         )
-    epoch, batch, batches = _next_batches(trainer, dataset, steps_per_epoch)
-    return _look(trainer, (step, epoch, batch), batches)
+    return _look(trainer, (step, *arrival.place), arrival.batches)
 
 
-class _StopAt(keras.callbacks.Callback):
-    """Ends a fit after an update."""
+class _ArrivedError(Exception):
+    """Ends a fit right before an update."""
+
+
+class _Arrival(keras.callbacks.Callback):
+    """Takes the batches of an update before it is made.
+
+    Attributes:
+        batches: Of the update; a slice for each replica of each.
+        place: Epoch, and batch of it, from 0.
+    """
 
     def __init__(self, trainer: Trainer, step: int):
         super().__init__()
         self._trainer = trainer
         self._step = step
+        self.batches: list[tuple[data.Batch, ...]] = []
+        self.place = (0, 0)
 
-    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Asks to stop once the step is reached."""
-        if self._trainer.global_step == self._step:
-            self._trainer.request_stop("the update is next")
+    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+        """Ends the fit there; not where data of unknown length have ended."""
+        if self._trainer.global_step != self._step:
+            return
+        self.place = self._trainer.data_position
+        self.batches = self._trainer.peek()
+        if self.batches:
+            raise _ArrivedError
 
 
 def _copy(source: str, target: str) -> None:
@@ -144,60 +160,22 @@ def _copy(source: str, target: str) -> None:
             )
 
 
-class _Whole:
-    """A feed of global batches as they are."""
-
-    def stacks(self, batches_per_step: int = 1) -> ArrayBatches | None:
-        """None: a batch at a time."""
-        del batches_per_step
-        return None
-
-    def split(
-        self, batches: tf.data.Dataset, *, is_stacked: bool = False
-    ) -> tf.data.Dataset:
-        """The batches."""
-        del is_stacked
-        return batches
-
-    def open(self, make: Any) -> Iterable[Any]:
-        """The batches."""
-        return make()
-
-
-def _next_batches(
-    trainer: Trainer, dataset: DatasetLike, steps_per_epoch: int | None
-) -> tuple[int, int, list[Any]]:
-    """Where the next update's batches are, and the batches."""
-    epoch, batch = trainer.data_position
-    stream = Stream(
-        dataset,
-        _Whole(),
-        batches_per_step=trainer.optimizer.gradient_accumulation_steps or 1,
-        steps_per_epoch=steps_per_epoch,
-    )
-    stream.open(epoch, batch)
-    number, per_step = stream.next_call(1)
-    if number == 0:
-        stream.end_epoch()
-        _, per_step = stream.next_call(1)
-    batches = [next(stream.iterator) for _ in range(per_step)]
-    return stream.epoch, stream.batch, batches
-
-
 # -------------------------------------------------------------------- looking
 
 
 def _look(
-    trainer: Trainer, place: tuple[int, int, int], batches: Sequence[Any]
+    trainer: Trainer,
+    place: tuple[int, int, int],
+    batches: Sequence[tuple[data.Batch, ...]],
 ) -> Replay:
     step, epoch, batch = place
     scale = float(tf.convert_to_tensor(trainer.optimizer.loss_scale))
-    found = [_not_finite(trainer, one) for one in batches]
+    with _statistics_kept(trainer):
+        found = [_not_finite(trainer, slices) for slices in batches]
     guilty = next((i for i, paths in enumerate(found) if any(paths)), 0)
     replicas = found[guilty]
     replica = max(range(len(replicas)), key=lambda i: len(replicas[i]))
-    slice_ = _slice_of(trainer, batches[guilty], replica)
-    report = numerics.report(trainer, slice_)
+    report = numerics.report(trainer, _alone(trainer, batches[guilty][replica]))
     return Replay(
         step=step,
         epoch=epoch + 1,
@@ -211,10 +189,26 @@ def _look(
     )
 
 
-def _not_finite(trainer: Trainer, batch: Any) -> list[tuple[str, ...]]:
+@contextlib.contextmanager
+def _statistics_kept(trainer: Trainer) -> Iterator[None]:
+    """What a forward pass in training assigns is put back."""
+    copies = [
+        copy
+        for variable in trainer.model.non_trainable_variables
+        for copy in strategy_lib.local_copies(variable)
+    ]
+    before = [tf.convert_to_tensor(copy) for copy in copies]
+    try:
+        yield
+    finally:
+        for copy, value in zip(copies, before, strict=True):
+            copy.assign(value)
+
+
+def _not_finite(
+    trainer: Trainer, slices: tuple[data.Batch, ...]
+) -> list[tuple[str, ...]]:
     """Which gradients of each replica are not finite, by path."""
-    whole = tf.data.Dataset.from_tensors(batch)
-    (slices,) = trainer.feed(whole).split(whole)
     strategy = trainer.strategy
     variables = trainer.model.trainable_variables
     present: list[str] = []
@@ -245,13 +239,17 @@ def _not_finite(trainer: Trainer, batch: Any) -> list[tuple[str, ...]]:
     ]
 
 
-def _slice_of(trainer: Trainer, batch: Any, replica: int) -> Any:
+def _alone(trainer: Trainer, slice_: data.Batch) -> tuple[Any, ...]:
     """A replica's rows, once for each replica, so that their shares stay."""
     number = trainer.strategy.num_replicas_in_sync
-    size = len(tf.nest.flatten(batch)[0])
-    begin, end = replica * size // number, (replica + 1) * size // number
-    rows = np.tile(np.arange(begin, end), number)
-    return tf.nest.map_structure(lambda leaf: tf.gather(leaf, rows), batch)
+    rows = np.tile(np.arange(slice_.weight.shape[0]), number)
+    weights = slice_.weight * slice_.normalizer
+
+    def tiled(leaf: tf.Tensor) -> tf.Tensor:
+        return tf.gather(leaf, rows)
+
+    parts = (slice_.x,) if slice_.y is None else (slice_.x, slice_.y, weights)
+    return tf.nest.map_structure(tiled, parts)
 
 
 def _first_activation(report: numerics.Report) -> str | None:

@@ -656,7 +656,8 @@ def _first_rows(prediction: tf.Tensor, rows: tf.Tensor) -> tf.Tensor:
     has_examples = prediction.shape.rank != 0 and prediction.shape[0] is None
     if not has_examples:
         return prediction
-    first = prediction[:rows]
+    # All of them, unless they came of the row that was put in.
+    first = prediction[: tf.where(rows > 0, tf.shape(prediction)[0], 0)]
     mask = getattr(prediction, "_keras_mask", None)
     if mask is not None:
         first._keras_mask = mask[:rows]

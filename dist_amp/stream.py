@@ -343,6 +343,29 @@ class Stream:
             return 1, left
         return min(wanted, whole_steps), self._batches_per_step
 
+    def peek(self, number: int) -> list[Any]:
+        """The next batches, as they are fed; they are used up by it.
+
+        Fewer, if the data end before.
+        """
+        found: list[Any] = []
+        while len(found) < number:
+            try:
+                found.append(self._take_one())
+            except (StopIteration, tf.errors.OutOfRangeError):
+                break
+        return found
+
+    def _take_one(self) -> Any:
+        if not self.is_stacked:
+            return next(self.iterator)
+        if self.place == len(tf.nest.flatten(self.stack)[0]):
+            self.go_to(next(self.iterator), 0, num_stacks=1)
+        place, self.place = self.place, self.place + 1
+        return tf.nest.map_structure(
+            lambda leaf: None if leaf is None else leaf[place], self.stack
+        )
+
     def counter(self) -> Callable[[], Counts | None]:
         """Reads how many batches were taken since now; see `counts_of`.
 

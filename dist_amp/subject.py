@@ -121,6 +121,8 @@ class Subject:
         self.variation = variation
         self._spec = spec
         keras.utils.set_random_seed(parts.seed)
+        # Not 0, with which `shuffle(n, seed=number)` fails (TensorFlow 2.21).
+        tf.random.set_seed(parts.seed + 1)
         self.strategy = make_strategy(variation.num_replicas)
         with precision_lib.scope(self.strategy, variation.precision):
             model = parts.model_fn()
@@ -291,6 +293,8 @@ def turn_off_noise(model: keras.Model) -> list[str]:
     """
     found = []
     for layer in layers_of(model):
+        if not type(layer).__module__.startswith("keras."):
+            continue  # a user's `rate` may be anything
         for name in _NOISE:
             value = vars(layer).get(name)  # no property, as of LSTM
             if isinstance(value, float) and value:

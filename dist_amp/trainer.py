@@ -362,6 +362,13 @@ class Trainer(Steps):
         """Epoch, and batch of it, from 0, at which the last `fit` ended."""
         return self._fit.place_in_data if self._fit else (0, 0)
 
+    def peek(self) -> list[tuple[Batch, ...]]:
+        """The next update's batches, a slice for each replica of each.
+
+        For a callback within `fit`, between updates. They are used up by it.
+        """
+        return self._fit.peek() if self._fit else []
+
     @property
     def resumed_step(self) -> int:
         """The step that the last `fit` went on from; 0 if it was new."""

@@ -18,7 +18,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_amp import causes, optimizer
+from dist_amp import causes, optimizer, random_state
 from dist_amp import difference as difference_lib
 from dist_amp import precision as precision_lib
 from dist_amp.difference import Difference, Names, Tolerance
@@ -158,6 +158,11 @@ def verify(
             f"`suites` must be out of {', '.join(SUITES)}. Received "
             f"{list(suites)} (--suites)."
         )
+    if num_steps < 2:
+        raise ValueError(
+            f"`num_steps` must be at least 2. Received {num_steps} "
+            "(--num_steps)."
+        )
     parts = Parts(
         model_fn=model_fn,
         optimizer_fn=optimizer_fn,
@@ -167,11 +172,16 @@ def verify(
         seed=seed,
     )
     resolved = precision_lib.resolve(precision, make_strategy(1))
-    examiner = _Examiner(
-        parts, dataset, resolved.name, num_steps, tuple(num_replicas)
-    )
+    before = random_state.read_host()
+    try:
+        examiner = _Examiner(
+            parts, dataset, resolved.name, num_steps, tuple(num_replicas)
+        )
+        cases = tuple(examiner.cases(suites))
+    finally:
+        random_state.write_host(before)
     return Certificate(
-        cases=tuple(examiner.cases(suites)),
+        cases=cases,
         precision=resolved.name,
         num_steps=num_steps,
         left_out=tuple(examiner.left_out),
@@ -259,8 +269,9 @@ class _Examiner:
                 for n in self._num_replicas
             }
             batches = self._groups(reference)
+            reference.step(batches[0])  # it may be refused when it is traced
         except ValueError as error:
-            self.left_out.append(f"accumulated gradients: {error}")
+            self.left_out.append(f"accumulated gradients: {_described(error)}")
             return
         yield from self._compare(reference, subjects, batches)
 
@@ -353,6 +364,7 @@ class _Examiner:
             _Comparison(name, subject, reference, self._tolerance)
             for name, subject in subjects.items()
         ]
+        first_skipped = _num_applied(reference)
         for step, batches in enumerate(groups):
             is_hit = overflows and step % 3 == 1
             state = reference.state()
@@ -360,8 +372,26 @@ class _Examiner:
             for one in comparisons:
                 if not one.has_failed:
                     one.take(step, batches, (state, wanted), overflows=is_hit)
+        was_applied = _num_applied(reference) > first_skipped
         for one in comparisons:
-            yield one.case()
+            yield one.case() if was_applied else _nothing(one.case())
+
+
+def _num_applied(subject: Subject) -> int:
+    iterations = subject.trainer.optimizer.iterations
+    return int(keras.ops.convert_to_numpy(iterations))
+
+
+def _nothing(case: Case) -> Case:
+    """A case in which not one update was applied proves nothing."""
+    return dataclasses.replace(
+        case,
+        passed=False,
+        cause=case.cause
+        or "nothing was compared: all updates were skipped on one device, too, "
+        "since gradients were not finite at any loss scale; `python -m "
+        "launch.numerics` tells which layers to keep in float32",
+    )
 
 
 class _Comparison:
@@ -401,7 +431,7 @@ class _Comparison:
         try:
             self._subject.load(state)
             record = self._subject.step(batches, overflows=overflows)
-        except (tf.errors.OpError, ValueError) as error:
+        except (tf.errors.OpError, ValueError, RuntimeError) as error:
             self._first = Difference(
                 what="error",
                 name="the step",

@@ -76,6 +76,7 @@ class PlanConfig(TrainConfig):
 
 def run() -> None:
     """Entry point of the console command; never returns."""
+    sys.path.insert(0, "")  # as `python -m` does: the user's modules
     sys.exit(main(sys.argv))
 
 

@@ -23,7 +23,7 @@ from absl import flags
 from launch.config import ConfigError, check_positive, flag
 from launch.flags import read_command_line
 from launch.quiet import quiet_start
-from launch.run_dir import RunDir, settings_of
+from launch.run_dir import RunDir, num_replicas_of, settings_of
 from launch.train import is_ours
 
 
@@ -44,6 +44,7 @@ class ReplayConfig:
 
 def run() -> None:
     """Entry point of the console command; never returns."""
+    sys.path.insert(0, "")  # as `python -m` does: the user's modules
     sys.exit(main(sys.argv))
 
 
@@ -52,7 +53,7 @@ def main(argv: list[str]) -> int:
     try:
         config = read_command_line(argv, ReplayConfig, __doc__)
         return 0 if config is None else replay(config)
-    except (flags.Error, ValueError) as error:
+    except (flags.Error, ValueError, FloatingPointError) as error:
         if not is_ours(error):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -68,9 +69,17 @@ def replay(config: ReplayConfig) -> int:
     logging.getLogger("dist_amp").setLevel(logging.ERROR)
     with quiet_start():
         from dist_amp import replay as replay_lib  # and TensorFlow
+        from dist_amp import weights
         from launch import build
 
         devices = build.make_devices(train_config)
+    wanted = num_replicas_of(config.run_dir)
+    if devices.strategy.num_replicas_in_sync != wanted:
+        raise ConfigError(
+            f"--run_dir={config.run_dir} was trained on {wanted} replicas, and "
+            f"here are {devices.strategy.num_replicas_in_sync}: replay it on a "
+            "machine like that one."
+        )
     with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it prepares
         data = build.load_data(train_config)
     run_dir = RunDir(config.run_dir, train_config.checkpoint_dir)
@@ -79,10 +88,15 @@ def replay(config: ReplayConfig) -> int:
     print(f"training to step {config.step} from {where}", flush=True)
     with quiet_start():  # float16 on CPUs has its own chatter
         trainer = build.make_trainer(train_config, devices, data)
+        if not found and train_config.initial_weights:
+            trainer.build(data.train)
+            weights.load(trainer.model, train_config.initial_weights)
+            trainer.spread_seeds()
         result = replay_lib.replay(
             trainer,
             data.train,
             config.step,
+            epochs=train_config.num_epochs,
             checkpoint_dir=run_dir.checkpoints,
             steps_per_epoch=train_config.num_steps_per_epoch,
             callbacks=build.make_auto_layers(devices, data, trainer),

@@ -181,7 +181,23 @@ def settings_of(run_dir: str) -> TrainConfig:
         name: tuple(value) if isinstance(value, list) else value
         for name, value in settings.items()
     }
+    known = TrainConfig.__dataclass_fields__
+    unknown = [f"--{name}" for name in values if name not in known]
+    if unknown:
+        raise ConfigError(
+            f"--run_dir={run_dir} holds a run of another version, with "
+            f"{', '.join(unknown)}: use that version."
+        )
     return TrainConfig(**{**values, "run_dir": run_dir})
+
+
+def num_replicas_of(run_dir: str) -> int:
+    """The replicas that a run was trained on.
+
+    Raises:
+        ConfigError: The folder holds no run.
+    """
+    return _content_of(run_dir)["resolved"]["num_replicas"]
 
 
 def settings_to_infer(run_dir: str, **own: Any) -> TrainConfig:

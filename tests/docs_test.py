@@ -119,6 +119,8 @@ def test_the_tpu_of_the_readme_can_be_created(capsys, tmp_path, monkeypatch):
 
 def test_the_flags_of_the_readme_exist():
     from launch.cloud_tpu import CloudTpuJob
+    from launch.evaluate import EvaluateConfig
+    from launch.export import ExportConfig
     from launch.kubernetes import KubernetesJob
     from launch.local import LocalJob
     from launch.numerics import NumericsConfig
@@ -133,6 +135,8 @@ def test_the_flags_of_the_readme_exist():
         VerifyConfig,
         NumericsConfig,
         ReplayConfig,
+        EvaluateConfig,
+        ExportConfig,
         SlurmJob,
         KubernetesJob,
         LocalJob,
