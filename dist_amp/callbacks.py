@@ -72,6 +72,7 @@ class JsonLines(keras.callbacks.Callback):
             if key.startswith("val_")
         }
         logs |= self._measure()
+        logs = {k: v for k, v in logs.items() if not _is_unmeasured(k, v)}
         lines = [{**head, "split": "train", **logs, "time": time.time()}]
         if test:
             lines.append({**head, "split": "test", **test, "time": time.time()})
@@ -306,6 +307,10 @@ def _epoch_of(line: str) -> float:
         return json.loads(line)["epoch"]
     except (ValueError, KeyError):
         return math.inf
+
+
+def _is_unmeasured(name: str, value: Any) -> bool:
+    return name in MEASURED and isinstance(value, float) and math.isnan(value)
 
 
 def _plain(name: str, value: Any) -> Any:

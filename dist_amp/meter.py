@@ -195,7 +195,7 @@ class Meter:
         self._input.add(iterator, num_steps, seconds)
 
     def read(self, examples_per_sec: float) -> dict[str, float]:
-        """Fields for the logs of an epoch; those that could be measured.
+        """Fields for the logs of an epoch; NaN where nothing was measured.
 
         `step_ms_p50` and `step_ms_p95`, see `StepTimes`; `input_wait`, see
         `InputWait`; `all_reduce_share`, of the time in calls, that this worker
@@ -205,7 +205,10 @@ class Meter:
         if self._tokens:
             fields["tokens_per_sec"] = self._tokens * examples_per_sec
         if not self._seconds:
-            return {k: v for k, v in fields.items() if v is not None}
+            fields |= dict.fromkeys(_OF_CALLS)
+            if self._stopwatch:
+                fields["all_reduce_share"] = None
+            return _with_nan(fields)
         for percent in (50, 95):
             seconds = self._steps.percentile(percent)
             fields[f"step_ms_p{percent}"] = seconds and 1e3 * seconds
@@ -214,7 +217,7 @@ class Meter:
         if self._stopwatch:
             waited = self._stopwatch.seconds() - self._reduced
             fields["all_reduce_share"] = min(1.0, waited / self._seconds)
-        return {k: v for k, v in fields.items() if v is not None}
+        return _with_nan(fields)
 
     def warn(self, epoch: int) -> bool:
         """Says so if the input, and not the device, bounds the steps.
@@ -241,3 +244,11 @@ class Meter:
             epoch,
         )
         return True
+
+
+_OF_CALLS = ("step_ms_p50", "step_ms_p95", "input_wait")
+
+
+def _with_nan(fields: dict[str, float | None]) -> dict[str, float]:
+    """NaN for what was not measured: Keras' History has a number an epoch."""
+    return {k: math.nan if v is None else v for k, v in fields.items()}

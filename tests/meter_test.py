@@ -105,7 +105,11 @@ def test_the_data_tell_whether_there_are_tokens(x, tokens):
 
 def test_tokens_are_examples_times_their_length():
     dataset = support.batched(np.zeros([4, 6], "int32"))
-    assert Meter(dataset).read(100.0) == {"tokens_per_sec": 600.0}
+    fields = Meter(dataset).read(100.0)
+    assert fields.pop("tokens_per_sec") == 600.0
+    # A History has a number for each epoch, be it none.
+    assert set(fields) == {"step_ms_p50", "step_ms_p95", "input_wait"}
+    assert all(np.isnan(value) for value in fields.values())
 
 
 @pytest.mark.parametrize("num_replicas", [1, 2])
