@@ -34,7 +34,7 @@ TOLERANCES = {
 # What `what` of a difference may be, in the order in which they are looked at.
 SETTING, LOSS, GRADIENT = "setting", "loss", "gradient"
 REPLICAS, VARIABLE, STATE = "replicas", "variable", "state"
-OPTIMIZER, METRIC = "optimizer", "metric"
+METRIC = "metric"
 
 # A gradient that is that much smaller than all of them together is noise, as
 # is that of a bias before batch normalization.

@@ -1,8 +1,9 @@
 """The replica-equivalence certificate: one's own model, proved on N replicas.
 
 Each update is made twice from the same state, on one device and on several
-replicas, and everything that it did is compared; then training goes on from
-what the one device did. So rounding does not add up, and the first update and
+replicas, and losses, gradients, the model's variables and metrics are compared,
+the optimizer's variables among the replicas; then training goes on from what
+the one device did. So rounding does not add up, and the first update and
 variable that differ are the ones at fault.
 """
 

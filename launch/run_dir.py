@@ -11,6 +11,21 @@ from typing import Any
 
 from launch.config import ConfigError, TrainConfig
 
+# Which devices a run has, and how they find each other.
+_OF_DEVICES = (
+    "strategy",
+    "devices",
+    "num_logical_cpus",
+    "all_reduce",
+    "tpu",
+    "tpu_zone",
+    "tpu_project",
+    "workers",
+    "task_index",
+    "startup_timeout",
+    "collective_timeout",
+    "heartbeat_timeout",
+)
 # Settings that may differ when a run goes on.
 _FREE = (
     "run_dir",
@@ -35,34 +50,12 @@ _FREE = (
     "data_dir",
     "compilation_cache",
     "profile_steps",
-    "strategy",
-    "devices",
-    "num_logical_cpus",
-    "all_reduce",
-    "tpu",
-    "tpu_zone",
-    "tpu_project",
-    "workers",
-    "task_index",
-    "startup_timeout",
-    "collective_timeout",
-    "heartbeat_timeout",
+    *_OF_DEVICES,
 )
 # What of a run's settings is about updates, and about devices that the run had:
 # not for what its model is asked later, maybe elsewhere.
 _OF_UPDATES = (
-    "strategy",
-    "devices",
-    "num_logical_cpus",
-    "all_reduce",
-    "tpu",
-    "tpu_zone",
-    "tpu_project",
-    "workers",
-    "task_index",
-    "startup_timeout",
-    "collective_timeout",
-    "heartbeat_timeout",
+    *_OF_DEVICES,
     "loss_scale",
     "loss_scale_initial",
     "loss_scale_growth_interval",

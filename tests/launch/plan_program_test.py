@@ -1,16 +1,12 @@
 """`python -m launch.plan`: the table, the JSON, what it refuses."""
 
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
 import pytest
 
 from dist_amp import ahead_of_time
-
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.launch import programs
 
 MODEL = """
 import keras
@@ -38,18 +34,6 @@ needs_compiler = pytest.mark.skipif(
 )
 
 
-def run(folder, *arguments, module="plan"):
-    return subprocess.run(
-        [sys.executable, "-m", f"launch.{module}", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def value(done, name):
     """The second column of the table."""
     (line,) = (x for x in done.stdout.splitlines() if x.startswith(name))
@@ -59,13 +43,15 @@ def value(done, name):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("plan")
-    done = run(folder, "--epochs=1", module="train")
+    done = programs.run(folder, "train", "--epochs=1")
     assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_what_was_measured_stands_beside_it(trained):
-    done = run(trained, "--precision=float32", "--json=plan.json")
+    done = programs.run(
+        trained, "plan", "--precision=float32", "--json=plan.json"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     content = json.loads((trained / "plan.json").read_text())
     assert content["parameters"] == 64 * 64 + 64 + 64 * 10 + 10
@@ -82,8 +68,9 @@ def test_what_was_measured_stands_beside_it(trained):
 
 
 def test_replicas_that_are_not_here(tmp_path):
-    done = run(
+    done = programs.run(
         tmp_path,
+        "plan",
         "--num_replicas=8",
         "--global_batch_size=1024",
         "--device_memory_gib=0.0001",
@@ -99,7 +86,9 @@ def test_replicas_that_are_not_here(tmp_path):
 
 @needs_compiler
 def test_a_tpu_is_planned_by_its_compiler(tmp_path):
-    done = run(tmp_path, "--topology=v5e:2x2", "--json=plan.json")
+    done = programs.run(
+        tmp_path, "plan", "--topology=v5e:2x2", "--json=plan.json"
+    )
     assert (done.returncode, done.stderr) == (0, "")
     content = json.loads((tmp_path / "plan.json").read_text())
     assert content["num_replicas"] == 4
@@ -113,8 +102,9 @@ def test_a_tpu_is_planned_by_its_compiler(tmp_path):
 @needs_compiler
 def test_what_a_tpu_cannot_run_is_named(tmp_path):
     (tmp_path / "telling.py").write_text(MODEL)
-    done = run(
+    done = programs.run(
         tmp_path,
+        "plan",
         "--model=telling:build",
         "--topology=v5e:2x2",
         "--json=plan.json",
@@ -139,7 +129,7 @@ def test_what_a_tpu_cannot_run_is_named(tmp_path):
     ],
 )
 def test_wrong_settings_are_told(tmp_path, arguments, told):
-    done = run(tmp_path, *arguments)
+    done = programs.run(tmp_path, "plan", *arguments)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ")
@@ -147,7 +137,7 @@ def test_wrong_settings_are_told(tmp_path, arguments, told):
 
 
 def test_help_needs_no_tensorflow(tmp_path):
-    done = run(tmp_path, "--help")
+    done = programs.run(tmp_path, "plan", "--help")
     assert done.returncode == 0
     assert "--topology" in done.stdout
     assert "--global_batch_size" in done.stdout

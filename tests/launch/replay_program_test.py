@@ -1,15 +1,12 @@
 """`python -m launch.replay` of a run in which an update was skipped."""
 
 import json
-import os
-import pathlib
 import re
-import subprocess
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.launch.programs import run
 
 JOB = """
 import keras
@@ -37,18 +34,6 @@ def data(split, global_batch_size):
     dataset = tf.data.Dataset.from_tensor_slices((x, y))
     return dataset.batch(global_batch_size)
 """
-
-
-def run(folder, module, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", f"launch.{module}", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

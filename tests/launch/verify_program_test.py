@@ -1,14 +1,11 @@
 """`python -m launch.verify`: the table, the JSON, the exit status."""
 
 import json
-import os
-import pathlib
-import subprocess
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[2]
+from tests.launch import programs
 
 MODEL = """
 import keras
@@ -24,21 +21,10 @@ def build(num_classes):
 """
 
 
-def run(folder, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "launch.verify", *arguments],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def test_the_tutorials_model_is_equivalent(tmp_path):
-    done = run(
+    done = programs.run(
         tmp_path,
+        "verify",
         "--precision=mixed_float16",
         "--num_steps=2",
         "--num_replicas=2",
@@ -54,8 +40,9 @@ def test_the_tutorials_model_is_equivalent(tmp_path):
 
 def test_a_difference_is_named_with_its_cause(tmp_path):
     (tmp_path / "normed.py").write_text(MODEL)
-    done = run(
+    done = programs.run(
         tmp_path,
+        "verify",
         "--model=normed:build",
         "--precision=float32",
         "--num_steps=2",
@@ -84,7 +71,7 @@ def test_a_difference_is_named_with_its_cause(tmp_path):
     ],
 )
 def test_wrong_settings_are_told(tmp_path, arguments, told):
-    done = run(tmp_path, *arguments)
+    done = programs.run(tmp_path, "verify", *arguments)
     assert done.returncode == 2
     *_, line = done.stderr.splitlines()
     assert line.startswith("error: ")
