@@ -369,6 +369,18 @@ class Trainer(Steps):
         """
         return self._fit.peek() if self._fit else []
 
+    def take_rollbacks(self, state: Mapping[str, Any]) -> None:
+        """Passes over the batches that a run went back for, as it did.
+
+        For a callback's `on_train_begin`, to make a part of a run again.
+
+        Args:
+            state: Of the run's first checkpoint after that part; see
+                `storage.read_state`.
+        """
+        if self._fit:
+            self._fit.take_rollbacks(state)
+
     @property
     def resumed_step(self) -> int:
         """The step that the last `fit` went on from; 0 if it was new."""

@@ -285,7 +285,9 @@ def _lines_of_tpu(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for name, number in compiled["collectives"].items():
             yield "collectives", f"{number} {name}"
     largest = content["largest_per_replica_batch_size"]
-    if largest is not None:
+    if largest == 0:
+        yield "largest batch", "not even one example fits"
+    elif largest is not None:
         total = largest * content["num_replicas"]
         yield "largest batch", f"{largest:,} examples a core, {total:,} in all"
 

@@ -84,7 +84,7 @@ def replay(config: ReplayConfig) -> int:
         data = build.load_data(train_config)
     run_dir = RunDir(config.run_dir, train_config.checkpoint_dir)
     found = replay_lib.newest_before(run_dir.checkpoints, config.step)
-    where = found[0] if found else "the start: there is no checkpoint before it"
+    where = found or "the start: there is no whole checkpoint before it"
     print(f"training to step {config.step} from {where}", flush=True)
     with quiet_start():  # float16 on CPUs has its own chatter
         trainer = build.make_trainer(train_config, devices, data)
@@ -100,6 +100,7 @@ def replay(config: ReplayConfig) -> int:
             checkpoint_dir=run_dir.checkpoints,
             steps_per_epoch=train_config.num_steps_per_epoch,
             callbacks=build.make_auto_layers(devices, data, trainer),
+            rollback=build.rollback_policy(train_config),
         )
     print("\n".join(_lines_of(result)))
     if config.json:
