@@ -39,8 +39,9 @@ def _operations(
         inner_times = times
         if op.type in _LOOPS:
             rounds = _rounds(op)
-            is_known = times is not None and rounds is not None
-            inner_times = times * rounds if is_known else None
+            inner_times = None
+            if times is not None and rounds is not None:
+                inner_times = times * rounds
         for inner in _called(op):
             yield from _operations(inner, inner_times)
 

@@ -60,7 +60,7 @@ def main(replicas: int = 0, precision: str = "auto", epochs: int = 80) -> Any:
     with dist_amp.scope(strategy, precision):
         generator, critic = mlp.build(2, hidden=32), mlp.build(1, hidden=32)
         critic.build((None, 2))
-        adam = [keras.optimizers.Adam(5e-3, beta_1=0.5) for _ in range(2)]
+        adam = [keras.optimizers.Adam(2e-3, beta_1=0.5) for _ in range(2)]
         first, second = map(dist_amp.wrap_optimizer, adam)
         second.build(critic.trainable_variables)
     trainer = GanTrainer(generator, critic, first, second)
