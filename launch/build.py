@@ -169,7 +169,7 @@ def load_data(config: TrainConfig) -> Data:
 
 
 def _load(config: TrainConfig) -> Data:
-    if config.dataset.partition(":")[2].isidentifier():
+    if config.has_own_data:
         return _data_of(_imported("dataset", config.dataset), config)
     builder = _prepared(config)
     train = data_lib.read_tfds(
@@ -212,7 +212,7 @@ def load_split(config: TrainConfig, split: str) -> Data:
         ConfigError: There is no such split.
     """
     num_classes = None
-    if config.dataset.partition(":")[2].isidentifier():
+    if config.has_own_data:
         function = _imported("dataset", config.dataset)
         takes_split = "split" in inspect.signature(function).parameters
         if split != "train" and not takes_split:
@@ -562,13 +562,19 @@ def _data_of(function: Callable[..., Any], config: TrainConfig) -> Data:
 def _user_dataset(
     function: Callable[..., Any], split: str, config: TrainConfig
 ) -> DatasetLike:
-    dataset = _call_with(
+    offered = {
+        "split": split,
+        "global_batch_size": config.batch_size,
+        "seed": config.seed,
+        "data_dir": config.data_dir,
+    }
+    options = read_options(
+        "dataset_option",
+        config.dataset_option,
         function,
-        split=split,
-        global_batch_size=config.batch_size,
-        seed=config.seed,
-        data_dir=config.data_dir,
+        reserved=tuple(offered),
     )
+    dataset = _call_with(function, **offered, **options)
     first_pass = one_pass(dataset)
     if not isinstance(first_pass, tf.data.Dataset):
         raise ConfigError(
