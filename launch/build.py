@@ -23,7 +23,12 @@ from dist_amp import data as data_lib
 from dist_amp import lars, losses, memory, mfu, profiler, storage, weights
 from dist_amp import schedule as schedule_lib
 from dist_amp import strategy as strategy_lib
-from dist_amp.callbacks import JsonLines, TensorBoard, describe_epoch
+from dist_amp.callbacks import (
+    Histograms,
+    JsonLines,
+    TensorBoard,
+    describe_epoch,
+)
 from dist_amp.checkpoint import readable_size, whole_manifests
 from dist_amp.models import batch_norm
 from dist_amp.stream import DatasetLike, length_of, one_pass
@@ -484,6 +489,30 @@ def make_callbacks(
             lambda: {"peak_memory_bytes": memory.peak_bytes(trainer.strategy)},
         ),
     ]
+
+
+def make_histograms(
+    config: TrainConfig,
+    devices: Devices,
+    run_dir: RunDir,
+    trainer: dist_amp.Trainer,
+) -> list[keras.callbacks.Callback]:
+    """What `--histogram_every_epochs` asks for; the trainer must be built.
+
+    Every worker runs the same step; the chief writes.
+    """
+    if config.histogram_every_epochs is None:
+        return []
+    log = trainer.keep_gradients()
+    if not devices.is_chief:
+        return []
+    made = Histograms(
+        run_dir.tensorboard / "histograms",
+        gradients=log.read,
+        global_step=lambda: trainer.global_step,
+        every_epochs=config.histogram_every_epochs,
+    )
+    return [made]
 
 
 def make_profiler(

@@ -323,6 +323,12 @@ class TrainConfig:
         "FIRST:END, as 100:110: TensorFlow's profiler around the updates "
         "after FIRST and up to END, for TensorBoard.",
     )
+    histogram_every_epochs: int | None = flag(
+        None,
+        "Epochs between TensorBoard histograms of each variable and of its "
+        "newest gradient. Takes the memory of a gradient on each replica, and "
+        "a copy of it an update. Default: none.",
+    )
     dry_run: bool = flag(
         False, "Builds, traces one step, prints the plan, and exits."
     )
@@ -722,6 +728,7 @@ _POSITIVE = (
     "save_every_minutes",
     "keep_checkpoints",
     "keep_every",
+    "histogram_every_epochs",
     "max_minutes",
     "max_rollbacks",
     "rollback_factor",

@@ -56,7 +56,7 @@ def test_files_of_their_own_for_both_splits_come_first(tmp_path):
     assert [bytes(row.tolist()) for row in found] == [b"test", b"test"]
     with pytest.raises(ValueError, match=r"Received 900 \(--dataset_option"):
         text.build("train", 4, 7, str(tmp_path), length=900)
-    with pytest.raises(FileNotFoundError, match="holds no .txt: pass as --da"):
+    with pytest.raises(FileNotFoundError, match="txt: pass as --data_dir"):
         text.build("train", 4, 7, str(tmp_path / "nowhere"))
 
 
@@ -64,8 +64,12 @@ def test_a_transformer_learns_the_readme(tmp_path):
     (tmp_path / "readme.txt").write_bytes(README.read_bytes())
     config = TrainConfig(
         model="transformer_lm",
-        model_option=("vocabulary=256", "num_layers=1", "width=32")
-        + ("num_heads=2",),
+        model_option=(
+            "vocabulary=256",
+            "num_layers=1",
+            "width=32",
+            "num_heads=2",
+        ),
         dataset="dist_amp.datasets.text:build",
         dataset_option=("length=32",),
         data_dir=str(tmp_path),
