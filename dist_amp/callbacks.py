@@ -13,8 +13,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TextIO
 
 import keras
+import numpy as np
 import tensorflow as tf
 
+from dist_amp import strategy as strategy_lib
 from dist_amp.meter import MEASURED
 
 _log = logging.getLogger(__name__)
@@ -151,6 +153,69 @@ class TensorBoard(keras.callbacks.TensorBoard):
         """Closes the files."""
         with _logging_failures("TensorBoard"):
             super().on_train_end(logs)
+
+
+class Histograms(keras.callbacks.Callback):
+    """TensorBoard histograms of each variable and of its newest gradient.
+
+    At a step that counts updates, under `weights/` and `gradients/` by the
+    variable's path. A disk that is full does not end the training.
+
+    Args:
+        directory: Of its files.
+        gradients: Tells the gradients by path: `trainer.keep_gradients().read`.
+        global_step: Tells the number of updates attempted.
+        every_epochs: Epochs between two of them.
+    """
+
+    def __init__(
+        self,
+        directory: str | pathlib.Path,
+        *,
+        gradients: Callable[[], Mapping[str, np.ndarray]],
+        global_step: Callable[[], int],
+        every_epochs: int = 1,
+    ):
+        super().__init__()
+        self._directory = str(directory)
+        self._gradients = gradients
+        self._global_step = global_step
+        self._every_epochs = every_epochs
+        self._file: Any = None
+
+    def on_epoch_end(
+        self, epoch: int, logs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes them, if it is time."""
+        if (epoch + 1) % self._every_epochs:
+            return
+        with _logging_failures("TensorBoard"):
+            if self._file is None:
+                self._file = tf.summary.create_file_writer(self._directory)
+            with self._file.as_default(step=self._global_step()):
+                self._write()
+            self._file.flush()
+
+    def on_train_end(self, logs: Mapping[str, Any] | None = None) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            with _logging_failures("TensorBoard"):
+                self._file.close()
+            self._file = None
+
+    def get_state(self) -> dict[str, Any]:
+        """Nothing: what is written is no state of the run."""
+        return {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def _write(self) -> None:
+        for variable in self.model.trainable_variables:
+            value = strategy_lib.local_copies(variable)[0].numpy()
+            tf.summary.histogram(f"weights/{variable.path}", value)
+        for path, gradient in self._gradients().items():
+            tf.summary.histogram(f"gradients/{path}", gradient)
 
 
 class Progress(keras.callbacks.Callback):

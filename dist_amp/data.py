@@ -23,7 +23,7 @@ from dist_amp.arrays import ArrayBatches
 from dist_amp.stream import DatasetLike
 
 # A TFDS split of up to so many bytes is kept in memory and shuffled as a whole.
-_MAX_BYTES_IN_MEMORY = 2**30
+MAX_BYTES_IN_MEMORY = 2**30
 # Else as many examples are shuffled at a time.
 _SHUFFLE_BUFFER = 50_000
 
@@ -212,7 +212,7 @@ def read_tfds(
     """
     examples = builder.as_dataset(split=split, as_supervised=True)
     size = builder.info.splits[split].num_examples
-    if size * _bytes_of(examples.element_spec) <= _MAX_BYTES_IN_MEMORY:
+    if size * _bytes_of(examples.element_spec) <= MAX_BYTES_IN_MEMORY:
         arrays = next(iter(examples.batch(size)))
         make = from_arrays(arrays, global_batch_size, shuffle_seed)
         scaled: Any = make.map(lambda rows: _scale_image(*rows))

@@ -25,6 +25,7 @@ import tensorflow as tf
 from dist_amp import precision as precision_lib
 from dist_amp import reduction
 from dist_amp import wire as wire_lib
+from dist_amp.gradient_log import GradientLog
 from dist_amp.loss_scale import LossScaleRule
 from dist_amp.overflow import OverflowLog
 from dist_amp.stopwatch import Stopwatch
@@ -141,6 +142,7 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
             self._lowered = _Lowered(inner._learning_rate)
             inner._learning_rate = self._lowered
         self.stopwatch: Stopwatch | None = None
+        self.gradient_log: GradientLog | None = None
         self._accumulates_locally: bool | None = None
         self._in_replica = threading.local()  # each is traced in its thread
 
@@ -222,6 +224,16 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
     def skipped_updates(self) -> Any:
         """0: this optimizer skips no update."""
         return 0
+
+    def keep_gradients(self) -> GradientLog:
+        """Keeps the newest reduced gradient from now on, to be looked at.
+
+        Call it in the strategy's scope, built, before a step is traced. It
+        takes the memory of a gradient, and a copy of it an update.
+        """
+        if self.gradient_log is None:
+            self.gradient_log = GradientLog(self._trainable_variables)
+        return self.gradient_log
 
     def finalize_variable_values(
         self, var_list: Sequence[keras.Variable]
@@ -422,6 +434,9 @@ class DistributedOptimizer(keras.optimizers.Optimizer):
         inner = self.inner_optimizer
         strategy = tf.distribute.get_strategy()
         with _replica_local(strategy):
+            if self.gradient_log:
+                places = [self._get_variable_index(v) for v in variables]
+                self.gradient_log.write(gradients, places)
             inner._backend_apply_gradients(gradients, variables)
             for variable in variables:
                 if variable.constraint is not None:

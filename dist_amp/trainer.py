@@ -23,6 +23,7 @@ from dist_amp.checkpoint import Checkpointer, SavePolicy
 from dist_amp.data import Batch
 from dist_amp.feed import Feed
 from dist_amp.fit import Fit, blame
+from dist_amp.gradient_log import GradientLog
 from dist_amp.layer_dtypes import switch
 from dist_amp.meter import Meter
 from dist_amp.metrics import MetricsLike, to_numbers
@@ -126,13 +127,13 @@ class Trainer(Steps):
         )
         model.optimizer = optimizer
         model.stop_training = False
+        self._test_pace = Pace("auto")
         self._make_loops()
         self._gather = None
         if strategy_lib.num_workers(strategy) > 1:
             self._gather = functools.partial(
                 strategy_lib.gather_workers, strategy
             )
-        self._test_pace = Pace("auto")
         self._is_built = False
         self.beacon = Beacon()
         self.report_dir: str | pathlib.Path | None = None
@@ -487,6 +488,8 @@ class Trainer(Steps):
             tracked += self.optimizer.stopwatch.variables
         if isinstance(self.optimizer, optimizer_lib.LossScaleOptimizer):
             tracked += self.optimizer.overflows.variables
+        if self.optimizer.gradient_log is not None:
+            tracked += self.optimizer.gradient_log.variables
         inner = [getattr(v, "value", v) for v in tracked]
         copies = [c for v in tracked for c in strategy_lib.local_copies(v)]
         known = {id(v) for v in (*tracked, *inner, *copies)}
@@ -495,6 +498,17 @@ class Trainer(Steps):
             for variable in self._traced_loop(dataset).variables
             if id(variable) not in known
         ]
+
+    def keep_gradients(self) -> GradientLog:
+        """Has each update keep its gradient; see `GradientLog`.
+
+        Call it before `fit`, with the trainer built: `fit` takes the memory of
+        one more gradient then, and a copy of it an update.
+        """
+        with self.strategy.scope():
+            log = self.optimizer.keep_gradients()
+        self._make_loops()
+        return log
 
     def pin(self, layers: Iterable[keras.layers.Layer]) -> None:
         """Has layers compute in float32 from now on.
@@ -508,7 +522,6 @@ class Trainer(Steps):
         switch(layers, "float32")
         self._gradients = self._make_gradients()
         self._make_loops()
-        self._test_pace.is_traced = False
         if self._fit:
             self._fit.expect_trace()
 
@@ -528,6 +541,7 @@ class Trainer(Steps):
 
     def _make_loops(self) -> None:
         """Compiled loops, to be traced when they are called."""
+        self._test_pace.is_traced = False
         self._train_loop = self.make_train_loop()
         self._stacked_loop: Any = None
         self._stacked_spec: Any = None

@@ -23,7 +23,12 @@ from dist_amp import data as data_lib
 from dist_amp import lars, losses, memory, mfu, profiler, storage, weights
 from dist_amp import schedule as schedule_lib
 from dist_amp import strategy as strategy_lib
-from dist_amp.callbacks import JsonLines, TensorBoard, describe_epoch
+from dist_amp.callbacks import (
+    Histograms,
+    JsonLines,
+    TensorBoard,
+    describe_epoch,
+)
 from dist_amp.checkpoint import readable_size, whole_manifests
 from dist_amp.models import batch_norm
 from dist_amp.stream import DatasetLike, length_of, one_pass
@@ -169,7 +174,7 @@ def load_data(config: TrainConfig) -> Data:
 
 
 def _load(config: TrainConfig) -> Data:
-    if config.dataset.partition(":")[2].isidentifier():
+    if config.has_own_data:
         return _data_of(_imported("dataset", config.dataset), config)
     builder = _prepared(config)
     train = data_lib.read_tfds(
@@ -212,7 +217,7 @@ def load_split(config: TrainConfig, split: str) -> Data:
         ConfigError: There is no such split.
     """
     num_classes = None
-    if config.dataset.partition(":")[2].isidentifier():
+    if config.has_own_data:
         function = _imported("dataset", config.dataset)
         takes_split = "split" in inspect.signature(function).parameters
         if split != "train" and not takes_split:
@@ -486,6 +491,30 @@ def make_callbacks(
     ]
 
 
+def make_histograms(
+    config: TrainConfig,
+    devices: Devices,
+    run_dir: RunDir,
+    trainer: dist_amp.Trainer,
+) -> list[keras.callbacks.Callback]:
+    """What `--histogram_every_epochs` asks for; the trainer must be built.
+
+    Every worker runs the same step; the chief writes.
+    """
+    if config.histogram_every_epochs is None:
+        return []
+    log = trainer.keep_gradients()
+    if not devices.is_chief:
+        return []
+    made = Histograms(
+        run_dir.tensorboard / "histograms",
+        gradients=log.read,
+        global_step=lambda: trainer.global_step,
+        every_epochs=config.histogram_every_epochs,
+    )
+    return [made]
+
+
 def make_profiler(
     config: TrainConfig, run_dir: RunDir
 ) -> profiler.Profiler | None:
@@ -562,13 +591,19 @@ def _data_of(function: Callable[..., Any], config: TrainConfig) -> Data:
 def _user_dataset(
     function: Callable[..., Any], split: str, config: TrainConfig
 ) -> DatasetLike:
-    dataset = _call_with(
+    offered = {
+        "split": split,
+        "global_batch_size": config.batch_size,
+        "seed": config.seed,
+        "data_dir": config.data_dir,
+    }
+    options = read_options(
+        "dataset_option",
+        config.dataset_option,
         function,
-        split=split,
-        global_batch_size=config.batch_size,
-        seed=config.seed,
-        data_dir=config.data_dir,
+        reserved=tuple(offered),
     )
+    dataset = _call_with(function, **offered, **options)
     first_pass = one_pass(dataset)
     if not isinstance(first_pass, tf.data.Dataset):
         raise ConfigError(

@@ -97,6 +97,12 @@ class TrainConfig:
         "function may take split, global_batch_size (then it batches by "
         "itself), seed and data_dir.",
     )
+    dataset_option: tuple[str, ...] = flag(
+        (),
+        "A further argument of the data's function, as length=256; may come "
+        "several times.",
+        is_repeated=True,
+    )
     data_dir: str | None = flag(
         None, "Where TFDS keeps data. Default: ~/tensorflow_datasets."
     )
@@ -317,6 +323,12 @@ class TrainConfig:
         "FIRST:END, as 100:110: TensorFlow's profiler around the updates "
         "after FIRST and up to END, for TensorBoard.",
     )
+    histogram_every_epochs: int | None = flag(
+        None,
+        "Epochs between TensorBoard histograms of each variable and of its "
+        "newest gradient. Takes the memory of a gradient on each replica, and "
+        "a copy of it an update. Default: none.",
+    )
     dry_run: bool = flag(
         False, "Builds, traces one step, prints the plan, and exits."
     )
@@ -349,6 +361,11 @@ class TrainConfig:
         if self.weight_decay_exclude is not None:
             return self.weight_decay_exclude
         return NOT_DECAYED if self.optimizer in _EXCLUDING else ()
+
+    @property
+    def has_own_data(self) -> bool:
+        """Whether a function makes the data, not TFDS."""
+        return self.dataset.partition(":")[2].isidentifier()
 
     @property
     def loss_class(self) -> str:
@@ -619,7 +636,7 @@ class TrainConfig:
             )
 
     def _check_options(self) -> None:
-        for flag_name in ("model_option", "optimizer_option"):
+        for flag_name in ("model_option", "dataset_option", "optimizer_option"):
             texts = getattr(self, flag_name)
             names = [text.partition("=")[0] for text in texts]
             for text, name in zip(texts, names, strict=True):
@@ -627,6 +644,12 @@ class TrainConfig:
                     _fail(flag_name, "must be name=value", text)
                 if names.count(name) > 1:
                     _fail(flag_name, f"sets {name} twice", ", ".join(texts))
+        if self.dataset_option and not self.has_own_data:
+            _contradict(
+                "dataset_option",
+                f"--dataset={self.dataset}",
+                "only module:function takes options",
+            )
         is_class = self.loss in map(_as_class_name, _SMOOTHED)
         if self.label_smoothing and not (is_class or self.loss in _SMOOTHED):
             _contradict(
@@ -705,6 +728,7 @@ _POSITIVE = (
     "save_every_minutes",
     "keep_checkpoints",
     "keep_every",
+    "histogram_every_epochs",
     "max_minutes",
     "max_rollbacks",
     "rollback_factor",

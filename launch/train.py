@@ -156,7 +156,10 @@ def _fit(
                 config, **build.describe(config, devices, data, trainer)
             )
             callbacks = [*build.make_callbacks(run_dir, trainer), *callbacks]
-        adapting = build.make_auto_layers(devices, data, trainer)
+        watching = [
+            *build.make_auto_layers(devices, data, trainer),
+            *build.make_histograms(config, devices, run_dir, trainer),
+        ]
         stack.enter_context(
             preemption.watch(
                 trainer.request_stop, max_minutes=config.max_minutes
@@ -171,7 +174,7 @@ def _fit(
             validation_steps=config.eval_steps,
             callbacks=[
                 build.make_mfu(config, data, trainer),
-                *adapting,
+                *watching,
                 *callbacks,
             ],
             profiler=profiler,

@@ -150,7 +150,7 @@ def test_digits_are_shuffled_anew_each_pass_and_alike_for_a_seed(
     tmp_path, monkeypatch, max_bytes
 ):
     """In memory and from files alike."""
-    monkeypatch.setattr(data, "_MAX_BYTES_IN_MEMORY", max_bytes)
+    monkeypatch.setattr(data, "MAX_BYTES_IN_MEMORY", max_bytes)
     builder = data.prepare_tfds("digits", str(tmp_path))
 
     def labels(number, seed=3):

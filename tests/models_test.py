@@ -130,6 +130,43 @@ def test_attention_is_that_of_keras():
     )
 
 
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_attention_with_dropout_is_the_same_formula(is_causal):
+    x = keras.random.normal((4, 5, 8), seed=1)
+    visible = np.arange(5) < np.array([5, 3, 1, 4])[:, None]
+    plain = transformer.SelfAttention(2, is_causal=is_causal)
+    drops = transformer.SelfAttention(2, is_causal=is_causal, dropout=0.5)
+    expected = plain(x, visible=visible)
+    drops(x)
+    drops.set_weights([*plain.get_weights(), *drops.get_weights()[4:]])
+    found = drops(x, visible=visible, training=False)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    many = [drops(x, visible=visible, training=True) for _ in range(400)]
+    assert np.abs(many[0] - many[1]).max() > 1e-4
+    # The projections' biases are 0, so what is dropped out is linear.
+    error = np.abs(np.mean(many, axis=0) - expected).max()
+    assert error < 0.25 * np.std(many, axis=0).max()
+    again = type(drops).from_config(drops.get_config())
+    assert again.get_config() == drops.get_config()
+
+
+def test_replicas_drop_out_other_attention_weights():
+    trainer = support.make_trainer(
+        functools.partial(
+            transformer_lm.build,
+            input_shape=(6,),
+            attention_dropout=0.5,
+            **SMALL,
+        ),
+        num_replicas=2,
+    )
+    trainer.build(sequences(is_lm=True))
+    x = tf.ones([4, 6], tf.int32)
+    drawn = trainer.strategy.run(lambda: trainer.model(x, training=True))
+    one, other = trainer.strategy.experimental_local_results(drawn)
+    assert np.abs(one - other).max() > 1e-5
+
+
 def test_errors_name_the_argument():
     with pytest.raises(ValueError, match="`num_heads` must divide"):
         transformer_lm.build(**{**SMALL, "num_heads": 3})
@@ -168,7 +205,12 @@ CASES = {
     ),
     "resnet50": (TINY_RESNET, images),
     "transformer_lm": (
-        functools.partial(transformer_lm.build, input_shape=(6,), **SMALL),
+        functools.partial(
+            transformer_lm.build,
+            input_shape=(6,),
+            attention_dropout=0.5,  # which the certificate turns off
+            **SMALL,
+        ),
         functools.partial(sequences, is_lm=True),
     ),
     "encoder": (

@@ -153,7 +153,7 @@ def test_imagenet_is_cropped_to_one_size():
 
 def test_tokens_are_followed_by_the_next_ones(tmp_path):
     np.arange(23, dtype="<u2").tofile(tmp_path / "val.bin")
-    x, y = next(iter(tokens.batches(tmp_path / "val.bin", 8, None, length=4)))
+    x, y = next(iter(tokens.build("test", 8, 3, str(tmp_path), length=4)))
     np.testing.assert_array_equal(x[1], [5, 6, 7, 8])
     np.testing.assert_array_equal(y, x + 1)
     assert x.shape == (4, 4)  # of 23 tokens, three are left over

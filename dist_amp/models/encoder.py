@@ -20,6 +20,7 @@ def build(
     width: int = 768,
     num_heads: int = 12,
     dropout: float = 0.1,
+    attention_dropout: float = 0.0,
     pooling: str = "first",
     padding: int = 0,
 ) -> keras.Model:
@@ -30,7 +31,7 @@ def build(
 
     Source: Devlin et al., "BERT: Pre-training of Deep Bidirectional
     Transformers for Language Understanding", NAACL 2019. Unlike there, no
-    segments are told apart, and attention weights are not dropped out.
+    segments are told apart, and by default no attention weights dropped out.
 
     Args:
         input_shape: Of an example: its length.
@@ -41,6 +42,8 @@ def build(
         width: Of the vector at each position.
         num_heads: Of attention; divides the width.
         dropout: Rate after the embeddings, before each sum, and at the end.
+        attention_dropout: Rate of attention weights, 0.1 in the paper; takes
+            the memory of a second copy of them.
         pooling: "first" classifies by the first position, where BERT has
             [CLS]; "mean" by the mean of all that are no padding.
         padding: The token that fills up sequences.
@@ -67,7 +70,7 @@ def build(
     for number in range(num_layers):
         name = f"block_{number}"
         attention = transformer.SelfAttention(
-            num_heads, name=f"{name}_attention"
+            num_heads, dropout=attention_dropout, name=f"{name}_attention"
         )
         y = keras.layers.Dropout(dropout)(attention(x, visible=is_token))
         x = _norm(f"{name}_norm")(keras.layers.Add()([x, y]))

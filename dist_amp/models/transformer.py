@@ -9,6 +9,7 @@ import keras
 from keras import ops
 
 STDDEV = 0.02  # of weights, in GPT-2 and BERT
+_NEVER = -1e30  # finite: a position that sees nothing is not NaN
 
 
 def normal(stddev: float = STDDEV) -> keras.initializers.Initializer:
@@ -22,11 +23,13 @@ class SelfAttention(keras.layers.Layer):
 
     `[batch, length, width]` -> the same shape. Queries, keys and values come
     of one matrix product, and the heads of Keras' `dot_product_attention`,
-    whose softmax is in float32. Attention weights are not dropped out.
+    whose softmax is in float32. It drops out no attention weights, so where
+    there is a rate they are computed here, by the same formula.
 
     Args:
         num_heads: Divides the width.
         is_causal: Each position sees itself and those before.
+        dropout: Rate of attention weights.
         stddev: Of the last projection's weights at the start.
         **options: Of `keras.layers.Layer`.
 
@@ -39,16 +42,18 @@ class SelfAttention(keras.layers.Layer):
         num_heads: int,
         *,
         is_causal: bool = False,
+        dropout: float = 0.0,
         stddev: float = STDDEV,
         **options: Any,
     ):
         super().__init__(**options)
         self.num_heads = num_heads
         self.is_causal = is_causal
+        self.dropout_rate = dropout
         self.stddev = stddev
 
     def build(self, input_shape: tuple[int | None, ...]) -> None:
-        """Creates the two projections."""
+        """Creates the two projections, and what drops out."""
         width = input_shape[-1] or 0
         if width % self.num_heads:
             raise ValueError(
@@ -59,6 +64,11 @@ class SelfAttention(keras.layers.Layer):
         self.outward = self._projection(width, self.stddev, "outward")
         self.inward.build(input_shape)
         self.outward.build(input_shape)
+        self.drop = None
+        if self.dropout_rate:
+            self.drop = keras.layers.Dropout(
+                self.dropout_rate, dtype=self.dtype_policy, name="weights"
+            )
 
     def _projection(self, units: int, stddev: float, name: str) -> Any:
         return keras.layers.Dense(
@@ -68,13 +78,14 @@ class SelfAttention(keras.layers.Layer):
             name=name,
         )
 
-    def call(self, x: Any, visible: Any = None) -> Any:
+    def call(self, x: Any, visible: Any = None, training: Any = None) -> Any:
         """Attends.
 
         Args:
             x: `[batch, length, width]`.
             visible: `[batch, length]`, false where nothing is to be seen.
                 Not called a mask, which Keras would pass on by itself.
+            training: Whether weights are dropped out.
         """
         length, width = ops.shape(x)[1], x.shape[-1]
         depth = width // self.num_heads
@@ -82,14 +93,35 @@ class SelfAttention(keras.layers.Layer):
             self.inward(x), (-1, length, 3, self.num_heads, depth)
         )
         query, key, value = ops.unstack(parts, 3, axis=2)
-        heads = ops.dot_product_attention(
-            query,
-            key,
-            value,
-            mask=None if visible is None else visible[:, None, None, :],
-            is_causal=self.is_causal,
-        )
+        mask = None if visible is None else visible[:, None, None, :]
+        if self.drop is None:
+            heads = ops.dot_product_attention(
+                query, key, value, mask=mask, is_causal=self.is_causal
+            )
+        else:
+            weights = self.drop(
+                self._weights(query, key, mask), training=training
+            )
+            heads = ops.einsum("bnts,bsnd->btnd", weights, value)
         return self.outward(ops.reshape(heads, (-1, length, width)))
+
+    def _weights(self, query: Any, key: Any, mask: Any) -> Any:
+        """What each position takes of the others, `[batch, heads, to, from]`.
+
+        Args:
+            query: `[batch, length, heads, depth]`.
+            key: Of the same shape.
+            mask: `[batch, 1, 1, length]`, or None.
+        """
+        scores = ops.cast(ops.einsum("btnd,bsnd->bnts", query, key), "float32")
+        scores *= query.shape[-1] ** -0.5
+        if self.is_causal:
+            place = ops.arange(ops.shape(scores)[-1])
+            earlier = place[:, None] >= place
+            mask = earlier if mask is None else ops.logical_and(mask, earlier)
+        if mask is not None:
+            scores = ops.where(mask, scores, _NEVER)
+        return ops.cast(ops.softmax(scores), query.dtype)
 
     def compute_output_shape(
         self, input_shape: tuple[int | None, ...], **_: Any
@@ -102,6 +134,7 @@ class SelfAttention(keras.layers.Layer):
         return super().get_config() | {
             "num_heads": self.num_heads,
             "is_causal": self.is_causal,
+            "dropout": self.dropout_rate,
             "stddev": self.stddev,
         }
 

@@ -17,6 +17,7 @@ def build(
     width: int = 768,
     num_heads: int = 12,
     dropout: float = 0.0,
+    attention_dropout: float = 0.0,
     tied: bool = True,
 ) -> keras.Model:
     """Returns a causal transformer with pre-norm blocks; by default GPT-2.
@@ -29,8 +30,7 @@ def build(
 
     Source: Radford et al., "Language Models are Unsupervised Multitask
     Learners", 2019. Weights before each sum start smaller by the square root
-    of the number of sums. Unlike there, GELU is exact, and attention weights
-    are not dropped out.
+    of the number of sums. Unlike there, GELU is exact.
 
     Args:
         input_shape: Of an example: its length.
@@ -43,6 +43,8 @@ def build(
         width: Of the vector at each position.
         num_heads: Of attention; divides the width.
         dropout: Rate after the embeddings and before each sum.
+        attention_dropout: Rate of attention weights; takes the memory of a
+            second copy of them.
         tied: The last layer has the embeddings' weights.
     """
     size = -(-vocabulary // vocabulary_multiple) * vocabulary_multiple
@@ -62,7 +64,11 @@ def build(
     for number in range(num_layers):
         name = f"block_{number}"
         attention = transformer.SelfAttention(
-            num_heads, is_causal=True, stddev=stddev, name=f"{name}_attention"
+            num_heads,
+            is_causal=True,
+            dropout=attention_dropout,
+            stddev=stddev,
+            name=f"{name}_attention",
         )
         y = attention(_norm(f"{name}_norm")(x))
         x = keras.layers.Add()([x, keras.layers.Dropout(dropout)(y)])
