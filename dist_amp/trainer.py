@@ -430,12 +430,21 @@ class Trainer(Steps):
         Returns:
             Number of operations in the compiled loop, functions included.
         """
-        self.build(dataset)
-        function = self._traced_loop(dataset)
-        definition = function.graph.as_graph_def()
+        definition = self.step_graph(dataset).as_graph_def()
         return len(definition.node) + sum(
             len(inner.node_def) for inner in definition.library.function
         )
+
+    def step_graph(self, dataset: DatasetLike) -> tf.Graph:
+        """The compiled loop around train steps that `fit` runs.
+
+        Traced if it was not; on several workers by all of them.
+
+        Args:
+            dataset: As in `fit`; only its shapes are looked at.
+        """
+        self.build(dataset)
+        return self._traced_loop(dataset).graph
 
     def feed(
         self,

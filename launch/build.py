@@ -486,7 +486,10 @@ def make_callbacks(
         JsonLines(
             run_dir.metrics,
             lambda: trainer.global_step,
-            lambda: {"peak_memory_bytes": memory.peak_bytes(trainer.strategy)},
+            lambda: {
+                "memory_bytes": memory.bytes_in_use(trainer.strategy),
+                "peak_memory_bytes": memory.peak_bytes(trainer.strategy),
+            },
         ),
     ]
 
@@ -513,6 +516,23 @@ def make_histograms(
         every_epochs=config.histogram_every_epochs,
     )
     return [made]
+
+
+def write_graph(
+    config: TrainConfig,
+    devices: Devices,
+    run_dir: RunDir,
+    data: Data,
+    trainer: dist_amp.Trainer,
+) -> None:
+    """What `--tensorboard_graph` asks for; every worker calls it."""
+    if not config.tensorboard_graph:
+        return
+    graph = trainer.step_graph(data.train)
+    if devices.is_chief:
+        file = tf.summary.create_file_writer(str(run_dir.tensorboard / "train"))
+        with file.as_default(), contextlib.closing(file):
+            tf.summary.graph(graph)
 
 
 def make_profiler(

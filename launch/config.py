@@ -323,6 +323,9 @@ class TrainConfig:
         "FIRST:END, as 100:110: TensorFlow's profiler around the updates "
         "after FIRST and up to END, for TensorBoard.",
     )
+    tensorboard_graph: bool = flag(
+        False, "Writes the compiled step's graph, for TensorBoard."
+    )
     histogram_every_epochs: int | None = flag(
         None,
         "Epochs between TensorBoard histograms of each variable and of its "

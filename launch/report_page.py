@@ -26,7 +26,7 @@ _CHARTS = (
     ("Time waited for input", "%", ("input_wait",)),
     ("Time in all-reduces", "%", ("all_reduce_share",)),
     ("Model FLOPs utilization", "%", ("mfu",)),
-    ("Peak memory", "B", ("peak_memory_bytes",)),
+    ("Memory in use and peak", "B", ("memory_bytes", "peak_memory_bytes")),
 )
 # Shown elsewhere, or the same as another one in another unit.
 _NO_CHART = ("skipped_updates", "steps_per_sec")
@@ -241,6 +241,7 @@ _MEASURED_ONCE: dict[str, tuple[str, Callable[[float], str] | None]] = {
     "input_wait": ("input wait", _percent),
     "all_reduce_share": ("all-reduces", _percent),
     "mfu": ("MFU", _percent),
+    "memory_bytes": ("", None),
     "peak_memory_bytes": ("peak memory", _mebibytes),
     "learning_rate": ("", None),
     "loss_scale": ("", None),

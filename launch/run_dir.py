@@ -50,6 +50,7 @@ _FREE = (
     "data_dir",
     "compilation_cache",
     "profile_steps",
+    "tensorboard_graph",
     *_OF_DEVICES,
 )
 # What of a run's settings is about updates, and about devices that the run had:

@@ -160,6 +160,7 @@ def _fit(
             *build.make_auto_layers(devices, data, trainer),
             *build.make_histograms(config, devices, run_dir, trainer),
         ]
+        build.write_graph(config, devices, run_dir, data, trainer)
         stack.enter_context(
             preemption.watch(
                 trainer.request_stop, max_minutes=config.max_minutes

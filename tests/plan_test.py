@@ -252,7 +252,9 @@ def test_memory_of_variables_and_of_this_process():
     assert memory.bytes_of(variables) == 3 * 4 * 2 + 4
     before = memory.peak_bytes(support.make_strategy(1))
     block = np.ones(2**24)  # 128 MiB
+    in_use = memory.bytes_in_use(support.make_strategy(1))
     after = memory.peak_bytes(support.make_strategy(1))
+    assert after >= in_use > 2**27
     assert after >= before > 2**26
     assert block.sum() == 2**24
 

@@ -88,6 +88,7 @@ def test_its_folder_holds_what_was_promised(default_run):
         "step_ms_p95",
         "input_wait",
         "learning_rate",
+        "memory_bytes",
         "peak_memory_bytes",
         "time",
     }
