@@ -27,7 +27,8 @@ def peak_bytes(strategy: tf.distribute.Strategy) -> int:
     devices = _accelerators(strategy)
     if not devices:
         kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return 1024 * kibibytes
+        # The kernel brings that up to date now and then only.
+        return max(1024 * kibibytes, bytes_in_use(strategy))
     info = tf.config.experimental.get_memory_info
     return max(info(device)["peak"] for device in devices)
 
