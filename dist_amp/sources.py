@@ -367,7 +367,8 @@ def _batches_by_place(
                 tf.stack([tf.constant(seed, tf.int64), number[0]]),
                 tf.constant(size - 1, tf.int64),
             )
-        return each(tf.numpy_function(found.read, [place], tf.string))
+        some = tf.numpy_function(found.read, [place], tf.string)
+        return each(tf.ensure_shape(some, place.shape))
 
     return LoadedBatches(make, load)
 
