@@ -113,13 +113,8 @@ class ArrayRecords:
 
     def __init__(self, pieces: Iterable[Piece]):
         self._pieces = [piece for piece in pieces if piece.number]
-        remote = [one.path for one in self._pieces if "://" in one.path]
-        if remote:
-            raise ValueError(
-                f"ArrayRecord files are read by a package that knows local "
-                f"files only. Received {remote[0]}: mount or copy them, or use "
-                "TFRecord files."
-            )
+        for path in {one.path for one in self._pieces}:
+            _check_is_local(path)
         self._ends = list(itertools.accumulate(p.number for p in self._pieces))
         self._readers: dict[str, Any] = {}
         self._lock = threading.Lock()
@@ -179,8 +174,17 @@ class ArrayRecords:
         return concurrent.futures.ThreadPoolExecutor(_NUM_THREADS)
 
 
+def _check_is_local(path: str) -> None:
+    if "://" in path:
+        raise ValueError(
+            "ArrayRecord files are read by a package that knows local files "
+            f"only. Received {path}: mount or copy them, or use TFRecord files."
+        )
+
+
 def _open(path: str) -> Any:
     """A reader; the package is imported only where it is needed."""
+    _check_is_local(path)
     try:
         from array_record.python import array_record_module
     except ImportError as error:

@@ -8,9 +8,12 @@ import tensorflow as tf
 import tensorflow_datasets as tfds
 
 from dist_amp import data, records, sources, stream
+from dist_amp.feed import Feed
 from dist_amp.loading import LoadedBatches
+from dist_amp.stream import Stream
 from launch import build
 from launch.config import ConfigError, TrainConfig
+from tests import support
 
 NUM_TRAIN, NUM_TEST = 23, 7
 SIDE = 4
@@ -269,6 +272,37 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
         read("cut.*")
     with pytest.raises(ValueError, match="hold no record"):
         read("empty.tfrecord")
+
+
+def test_remote_records_are_not_counted(tmp_path):
+    """What has a scheme is; all but the length is the same."""
+    for kind, write in WRITERS.items():
+        write(tmp_path / f"all.{kind}", range(NUM_TRAIN))
+    remote = sources.read_records(
+        f"file://{tmp_path}/all.tfrecord",
+        parse,
+        global_batch_size=10,
+        shuffle_seed=3,
+    )
+    assert stream.length_of(remote) is None
+    assert_exact(remote)
+    feed = Feed(support.make_strategy(2), range(2), remote, reduction="sum")
+    batches = Stream(feed.batches, feed)
+    batches.open()
+    seen = []
+    for _ in range(2):  # passes
+        for _ in range(3):
+            ((one, other),) = batches.peek(1)
+            seen += [*one.y.numpy().tolist(), *other.y.numpy().tolist()]
+            batches.advance(1)
+        batches.end_epoch()  # the first one tells the length
+    assert batches.batches_per_epoch == 3
+    assert seen[:NUM_TRAIN] != seen[NUM_TRAIN:]
+    assert sorted(seen[:NUM_TRAIN]) == sorted(seen[NUM_TRAIN:])
+    with pytest.raises(ValueError, match="knows local files only"):
+        sources.read_records(
+            f"file://{tmp_path}/all.array_record", parse, global_batch_size=4
+        )
 
 
 # ------------------------------------------------------------------ the flags
