@@ -7,22 +7,18 @@ gradient are plain sums over replicas, whatever the size of the last batch;
 a replica that gets no example at all adds zero.
 """
 
-import contextlib
-import fcntl
 import functools
-import importlib
 import itertools
-import math
-import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from dist_amp.arrays import ArrayBatches
+from dist_amp.loading import LoadedBatches, as_tuple
 from dist_amp.stream import DatasetLike
 
-# A TFDS split of up to so many bytes is kept in memory and shuffled as a whole.
+# Data of up to so many bytes is kept in memory and shuffled as a whole.
 MAX_BYTES_IN_MEMORY = 2**30
 # Else as many examples are shuffled at a time.
 _SHUFFLE_BUFFER = 50_000
@@ -68,6 +64,7 @@ def split(
     class_weight: Mapping[int, float] | None = None,
     is_stacked: bool = False,
     pad_to: int | None = None,
+    load: Callable[..., Any] | None = None,
 ) -> tf.data.Dataset:
     """Cuts each global batch into the slices of this host's replicas.
 
@@ -87,142 +84,140 @@ def split(
             leaf `[num_batches, global_batch, ...]`; slices do so, too.
         pad_to: Rows that every slice is made to have, for devices that
             compile for one shape; not with `is_stacked`.
+        load: Makes of the rows of a slice what is described above, if the
+            dataset yields others: see `LoadedBatches`. Not with `is_stacked`,
+            nor `reduction="mean_with_sample_weight"`.
 
     Returns:
         A dataset of tuples of `Batch`, one for each local replica.
 
     Raises:
         ValueError: The batch size is known and is no multiple of the number
-            of replicas, or an element is not of the form above.
+            of replicas, an element is not of the form above, or `load`
+            cannot be had.
     """
     count = num_local_replicas or num_replicas
     if not is_stacked:
         _check_batch_size(batch_size_of(dataset), num_replicas)
-    class_table = _class_table(class_weight)
-
-    axis = 1 if is_stacked else 0  # of the examples
+    if load and reduction == "mean_with_sample_weight":
+        raise ValueError(
+            "`load` contradicts `reduction='mean_with_sample_weight'`, which "
+            "needs the weights of all examples: load whole batches."
+        )
+    cut = _Cut(
+        num_replicas,
+        range(first_replica, first_replica + count),
+        axis=1 if is_stacked else 0,
+        pad_to=pad_to,
+    )
+    shares = _Shares(reduction, _class_table(class_weight), cut.axis)
 
     @tf.autograph.experimental.do_not_convert
     def to_slices(*element: Any) -> tuple[Batch, ...]:
-        x, y, weight = _unpack(element)
-        size = _rows(x, axis)
-        batches = tf.shape(tf.nest.flatten(x)[0])[:axis]  # [] or [number]
-        # A batch without examples divides nothing, by one.
-        global_size = tf.fill(batches, tf.maximum(tf.cast(size, tf.float32), 1))
-        if weight is None:
-            weight = tf.ones([*tf.unstack(batches, axis), size], tf.float32)
-        weight = tf.cast(weight, tf.float32)
-        if weight.shape.rank == axis + 2 and weight.shape[-1] == 1:
-            weight = tf.squeeze(weight, axis=-1)
-        if class_table is not None:
-            weight = _times(weight, class_table, y, axis)
-        normalizer = global_size
-        if reduction == "mean_with_sample_weight":
-            normalizer = _total_weight(weight, axis)
-        if reduction != "sum":
-            ones = [1] * (weight.shape.rank - axis)
-            divisor = tf.reshape(
-                normalizer, [*tf.unstack(batches, axis), *ones]
-            )
-            weight = tf.math.divide_no_nan(weight, divisor)
-        replicas = range(first_replica, first_replica + count)
-        if pad_to is None:
-            slices = [
-                _rows_of_replica((x, y, weight), size, i, num_replicas, axis)
-                for i in replicas
-            ]
-        else:
-            slices = _padded_slices(
-                (x, y, weight), size, replicas, num_replicas, pad_to
-            )
-        return tuple(
-            Batch(x, y, weight, global_size, normalizer, *num_examples)
-            for x, y, weight, *num_examples in slices
-        )
+        if load:
+            return _loaded_slices(element, load, cut, shares)
+        return _slices(element, cut, shares)
 
     return dataset.map(
         to_slices, num_parallel_calls=None if is_stacked else _AUTOTUNE
     )
 
 
-def prepare_tfds(name: str, data_dir: str | None = None) -> Any:
-    """The TFDS builder of a dataset, prepared in `data_dir` if need be.
+class _Cut(NamedTuple):
+    """Where batches are cut: see `split`."""
 
-    Args:
-        name: TFDS name, say "mnist" or "cifar10:3.*.*"; "digits" is this
-            library's own and needs no network.
-        data_dir: Where TFDS keeps its data; `~/tensorflow_datasets` by
-            default.
+    num_replicas: int
+    replicas: range
+    axis: int  # of the examples
+    pad_to: int | None
 
-    Raises:
-        ValueError: The dataset has no supervised keys.
-    """
-    tfds = importlib.import_module("tensorflow_datasets")  # slow to import
-    tfds.disable_progress_bar()
-    if name.partition(":")[0] == "digits":
-        importlib.import_module("dist_amp.datasets.digits")  # registers it
-    builder = tfds.builder(name, data_dir=data_dir)
-    if not builder.data_path.exists():
-        with _one_process_at_a_time(str(builder.data_path)):
-            # Anew: another process may have prepared it meanwhile.
-            builder = tfds.builder(name, data_dir=data_dir)
-            builder.download_and_prepare()
-    if builder.info.supervised_keys is None:
-        raise ValueError(
-            f"TFDS dataset {name!r} has no supervised keys; write a function "
-            "that returns a tf.data.Dataset of (x, y) "
-            "(--dataset=module:function)."
-        )
-    return builder
+    def __call__(self, tensors: Any, size: tf.Tensor | int) -> list[Any]:
+        """A slice of `(x, y, weight)`, or four parts, for each replica."""
+        if self.pad_to is not None:
+            return _padded_slices(
+                tensors, size, self.replicas, self.num_replicas, self.pad_to
+            )
+        return [
+            _rows_of_replica(tensors, size, i, self.num_replicas, self.axis)
+            for i in self.replicas
+        ]
 
 
-@contextlib.contextmanager
-def _one_process_at_a_time(data_path: str) -> Iterator[None]:
-    """Workers of one host, or on one disk, would break each other's files."""
-    if "://" in data_path:
-        yield
-        return
-    pathlib.Path(data_path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{data_path}.lock", "w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+class _Shares(NamedTuple):
+    """What each example weighs in the loss of a batch: see `split`."""
+
+    reduction: str
+    class_table: tf.Tensor | None
+    axis: int
+
+    def weights(self, x: Any, y: Any, weight: Any) -> tf.Tensor:
+        """Weights before the loss divides by anything."""
+        axis = self.axis
+        if weight is None:
+            shape = tf.shape(tf.nest.flatten(x)[0])[:axis]  # [] or [number]
+            rows = _rows(x, axis)
+            weight = tf.ones([*tf.unstack(shape, axis), rows], tf.float32)
+        weight = tf.cast(weight, tf.float32)
+        if weight.shape.rank == axis + 2 and weight.shape[-1] == 1:
+            weight = tf.squeeze(weight, axis=-1)
+        if self.class_table is not None:
+            weight = _times(weight, self.class_table, y, axis)
+        return weight
+
+    def divided(self, weight: tf.Tensor, normalizer: tf.Tensor) -> tf.Tensor:
+        """Weights by `[]` or `[num_batches]` numbers, unless the loss adds."""
+        if self.reduction == "sum":
+            return weight
+        numbers = tf.unstack(tf.shape(normalizer), self.axis)
+        ones = [1] * (weight.shape.rank - self.axis)
+        divisor = tf.reshape(normalizer, [*numbers, *ones])
+        return tf.math.divide_no_nan(weight, divisor)
 
 
-def read_tfds(
-    builder: Any,
-    split: str,
-    *,
-    global_batch_size: int,
-    shuffle_seed: int | None = None,
-) -> DatasetLike:
-    """Global batches of `(x, y)`; images become float32 in [0, 1].
+def _slices(
+    element: Sequence[Any], cut: _Cut, shares: _Shares
+) -> tuple[Batch, ...]:
+    x, y, weight = _unpack(element)
+    size = _rows(x, cut.axis)
+    batches = tf.shape(tf.nest.flatten(x)[0])[: cut.axis]  # [] or [number]
+    global_size = tf.fill(batches, _at_least_one(size))
+    weight = shares.weights(x, y, weight)
+    normalizer = global_size
+    if shares.reduction == "mean_with_sample_weight":
+        normalizer = _total_weight(weight, cut.axis)
+    weight = shares.divided(weight, normalizer)
+    return tuple(
+        Batch(x, y, weight, global_size, normalizer, *num_examples)
+        for x, y, weight, *num_examples in cut((x, y, weight), size)
+    )
 
-    The order depends on the seed, the pass and the examples' indices only.
 
-    Args:
-        builder: From `prepare_tfds`.
-        split: TFDS split, say "train" or "test[:10%]".
-        global_batch_size: Examples in a batch; the last one may be smaller.
-        shuffle_seed: Shuffles, in another order each pass, the same for the
-            same seed; None keeps the order.
+def _loaded_slices(
+    rows: tuple[Any, ...],
+    load: Callable[..., Any],
+    cut: _Cut,
+    shares: _Shares,
+) -> tuple[Batch, ...]:
+    """The same, of rows that are loaded when they are cut."""
+    size = _rows(rows, 0)
+    global_size = _at_least_one(size)
 
-    Returns:
-        Batches with a known length; if shuffled, a function of the pass.
-    """
-    examples = builder.as_dataset(split=split, as_supervised=True)
-    size = builder.info.splits[split].num_examples
-    if size * _bytes_of(examples.element_spec) <= MAX_BYTES_IN_MEMORY:
-        arrays = next(iter(examples.batch(size)))
-        make = from_arrays(arrays, global_batch_size, shuffle_seed)
-        scaled: Any = make.map(lambda rows: _scale_image(*rows))
-    else:
-        files = _from_files(examples, global_batch_size, shuffle_seed)
+    def slice_of(rows: Any, is_example: Any, *num_examples: Any) -> Batch:
+        x, y, weight = _unpack(as_tuple(load(*rows)))
+        weight = shares.divided(shares.weights(x, y, weight), global_size)
+        if num_examples:  # else all are
+            weight *= tf.reshape(
+                is_example, [-1] + [1] * (len(weight.shape) - 1)
+            )
+        return Batch(x, y, weight, global_size, global_size, *num_examples)
 
-        def scaled(number: tf.Tensor) -> tf.data.Dataset:
-            return files(number).map(_scale_image, num_parallel_calls=_AUTOTUNE)
+    slices = cut((rows, None, tf.ones([size], tf.float32)), size)
+    return tuple(slice_of(rows, *rest) for rows, _, *rest in slices)
 
-    return scaled(tf.constant(0, tf.int64)) if shuffle_seed is None else scaled
+
+def _at_least_one(size: tf.Tensor | int) -> tf.Tensor:
+    """A batch without examples divides nothing, by one."""
+    return tf.maximum(tf.cast(size, tf.float32), 1)
 
 
 def from_arrays(
@@ -243,20 +238,6 @@ def from_arrays(
         A function that `Trainer.fit` takes for a dataset.
     """
     return ArrayBatches(arrays, global_batch_size, shuffle_seed)
-
-
-def _from_files(
-    examples: tf.data.Dataset, global_batch_size: int, seed: int | None
-) -> Callable[[tf.Tensor], tf.data.Dataset]:
-    """The same for examples that do not fit in memory."""
-
-    def make(number: tf.Tensor) -> tf.data.Dataset:
-        dataset = examples
-        if seed is not None:
-            dataset = shuffled(dataset, seed_of_pass(seed, number))
-        return dataset.batch(global_batch_size)
-
-    return make
 
 
 def seed_of_pass(seed: int, number: tf.Tensor) -> tf.Tensor:
@@ -287,16 +268,6 @@ def shuffled(
     return examples.shuffle(buffer_size, seed=seed)
 
 
-def _bytes_of(spec: Any) -> float:
-    """Size of one example; infinite where its shape varies."""
-    return sum(
-        math.prod(leaf.shape) * leaf.dtype.size
-        if leaf.shape.is_fully_defined() and leaf.dtype.size
-        else math.inf
-        for leaf in tf.nest.flatten(spec)
-    )
-
-
 def cast_inputs(dataset: DatasetLike, dtype: str) -> Any:
     """The same batches, with the inputs' floats in another dtype.
 
@@ -316,6 +287,8 @@ def cast_inputs(dataset: DatasetLike, dtype: str) -> Any:
 
     if isinstance(dataset, tf.data.Dataset):
         return dataset.map(convert, num_parallel_calls=_AUTOTUNE)
+    if isinstance(dataset, LoadedBatches):
+        return dataset.map(convert)
     if isinstance(dataset, ArrayBatches):
         return dataset.map(
             lambda rows: (
@@ -325,30 +298,6 @@ def cast_inputs(dataset: DatasetLike, dtype: str) -> Any:
     return lambda number: dataset(number).map(
         convert, num_parallel_calls=_AUTOTUNE
     )
-
-
-def test_split_of(builder: Any) -> str | None:
-    """The split to evaluate on: "test", else "validation", else none."""
-    return next(
-        (
-            name
-            for name in ("test", "validation")
-            if name in builder.info.splits
-        ),
-        None,
-    )
-
-
-def num_classes_of(builder: Any) -> int | None:
-    """Number of classes of the label; None if it is no class."""
-    label = builder.info.features[builder.info.supervised_keys[1]]
-    return getattr(label, "num_classes", None)
-
-
-def _scale_image(x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    if x.dtype == tf.uint8:
-        x = tf.cast(x, tf.float32) / 255.0
-    return x, y
 
 
 def batch_size_of(dataset: tf.data.Dataset) -> int | None:

@@ -20,7 +20,16 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 import dist_amp
 from dist_amp import cluster as cluster_lib
 from dist_amp import data as data_lib
-from dist_amp import lars, losses, memory, mfu, profiler, storage, weights
+from dist_amp import (
+    lars,
+    losses,
+    memory,
+    mfu,
+    profiler,
+    sources,
+    storage,
+    weights,
+)
 from dist_amp import schedule as schedule_lib
 from dist_amp import strategy as strategy_lib
 from dist_amp.callbacks import (
@@ -30,6 +39,7 @@ from dist_amp.callbacks import (
     describe_epoch,
 )
 from dist_amp.checkpoint import readable_size, whole_manifests
+from dist_amp.loading import LoadedBatches, first_pass
 from dist_amp.models import batch_norm
 from dist_amp.stream import DatasetLike, length_of, one_pass
 from launch.config import ConfigError, TrainConfig
@@ -85,7 +95,7 @@ class Data:
     """Global batches to train on and, unless there are none, to test on."""
 
     train: DatasetLike
-    test: tf.data.Dataset | None
+    test: DatasetLike | None
     num_classes: int | None
 
 
@@ -151,8 +161,8 @@ def _facts(config: TrainConfig) -> dict[str, str]:
         for name, value in dataclasses.asdict(config).items()
         if name not in _OWN_OF_A_WORKER
     }
-    for name in ("model", "dataset", "loss"):
-        module, _, function = getattr(config, name).partition(":")
+    for name in ("model", "dataset", "parse", "loss"):
+        module, _, function = (getattr(config, name) or "").partition(":")
         if function.isidentifier():
             found = importlib.util.find_spec(module)
             path = pathlib.Path(found.origin or "") if found else None
@@ -174,35 +184,76 @@ def load_data(config: TrainConfig) -> Data:
 
 
 def _load(config: TrainConfig) -> Data:
-    if config.has_own_data:
+    if config.data_kind == "function":
         return _data_of(_imported("dataset", config.dataset), config)
+    if config.data_kind == "records":
+        train = _records(config, "train", config.seed)
+        return Data(train, _test_records(config), num_classes=None)
     builder = _prepared(config)
-    train = data_lib.read_tfds(
-        builder,
-        "train",
-        global_batch_size=config.batch_size,
-        shuffle_seed=config.seed,
-    )
+    train_split = config.train_split or "train"
+    test_split = config.test_split or sources.test_split_of(builder)
+    train = _split("train_split", builder, train_split, config, config.seed)
     test = None
-    test_split = data_lib.test_split_of(builder)
     if test_split is not None:
-        test = one_pass(
-            data_lib.read_tfds(
-                builder, test_split, global_batch_size=config.batch_size
-            )
-        )
-    return Data(train, test, data_lib.num_classes_of(builder))
+        test = _split("test_split", builder, test_split, config)
+    return Data(train, test, sources.num_classes_of(builder))
 
 
 def _prepared(config: TrainConfig) -> Any:
     """The builder of a TFDS dataset."""
     try:
-        return data_lib.prepare_tfds(config.dataset, config.data_dir)
+        return sources.prepare_tfds(config.dataset, config.data_dir)
     except DatasetNotFoundError as error:
+        where = config.data_dir or "~/tensorflow_datasets"
         raise ConfigError(
-            f"--dataset={config.dataset} is no dataset of TFDS, nor "
-            "module:function."
+            f"--dataset={config.dataset} is no dataset of TFDS, nor prepared "
+            f"in {where} (--data_dir), nor module:function."
         ) from error
+    except (ValueError, *storage.IO_ERRORS) as error:
+        raise ConfigError(f"--dataset={config.dataset}: {error}") from error
+
+
+def _split(
+    flag: str, builder: Any, split: str, config: TrainConfig, *seed: int
+) -> DatasetLike:
+    """A split of TFDS, shuffled if there is a seed."""
+    try:
+        sources.num_examples_of(builder, split)
+    except ValueError as error:
+        raise ConfigError(f"--{flag}={split}: {error}") from error
+    return sources.read_tfds(
+        builder,
+        split,
+        global_batch_size=config.batch_size,
+        shuffle_seed=seed[0] if seed else None,
+    )
+
+
+def _records(
+    config: TrainConfig, split: str, seed: int | None = None
+) -> DatasetLike:
+    """The files of a split; {split} in the pattern stands for it."""
+    assert config.parse is not None
+    parse = _imported("parse", config.parse)
+    try:
+        return sources.read_records(
+            config.pattern_of(split),
+            parse,
+            global_batch_size=config.batch_size,
+            shuffle_seed=seed,
+        )
+    except (ValueError, *storage.IO_ERRORS) as error:
+        raise ConfigError(f"--dataset={config.dataset}: {error}") from error
+
+
+def _test_records(config: TrainConfig) -> DatasetLike | None:
+    """Those of the test split, if it has files."""
+    if "{split}" not in config.dataset:
+        return None
+    if not tf.io.gfile.glob(config.pattern_of("test")):
+        _log.warning("no test split: no file %s", config.pattern_of("test"))
+        return None
+    return _records(config, "test")
 
 
 def load_split(config: TrainConfig, split: str) -> Data:
@@ -210,14 +261,16 @@ def load_split(config: TrainConfig, split: str) -> Data:
 
     Args:
         config: The settings.
-        split: "train", "test" (or what is there for it), any split of TFDS,
-            or what the user's function takes.
+        split: "train", "test" (what the flags say, or is there for it), any
+            split of TFDS, what stands for {split} in the names of files, or
+            what the user's function takes.
 
     Raises:
         ConfigError: There is no such split.
     """
     num_classes = None
-    if config.has_own_data:
+    dataset: DatasetLike
+    if config.data_kind == "function":
         function = _imported("dataset", config.dataset)
         takes_split = "split" in inspect.signature(function).parameters
         if split != "train" and not takes_split:
@@ -226,24 +279,24 @@ def load_split(config: TrainConfig, split: str) -> Data:
                 "--split=train."
             )
         dataset = _user_dataset(function, split, config)
+    elif config.data_kind == "records":
+        if split != "train" and "{split}" not in config.dataset:
+            raise ConfigError(
+                f"--split={split}: --dataset={config.dataset} has no {{split}} "
+                "in its name; pass --split=train."
+            )
+        dataset = _records(config, split)
     else:
         builder = _prepared(config)
         if split == "test":
-            split = data_lib.test_split_of(builder) or split
-        try:
-            builder.info.splits[split]
-        except (KeyError, ValueError) as error:
-            found = ", ".join(builder.info.splits)
-            raise ConfigError(
-                f"--split={split}: {config.dataset} has {found}."
-            ) from error
-        num_classes = data_lib.num_classes_of(builder)
-        dataset = data_lib.read_tfds(
-            builder, split, global_batch_size=config.batch_size
-        )
+            split = config.test_split or sources.test_split_of(builder) or split
+        elif split == "train":
+            split = config.train_split or split
+        num_classes = sources.num_classes_of(builder)
+        dataset = _split("split", builder, split, config)
     if config.input_dtype != "float32":
         dataset = data_lib.cast_inputs(dataset, dtype=config.input_dtype)
-    dataset = one_pass(dataset)
+    dataset = first_pass(dataset)
     return Data(dataset, dataset, num_classes)
 
 
@@ -604,7 +657,7 @@ def _data_of(function: Callable[..., Any], config: TrainConfig) -> Data:
     train = _user_dataset(function, "train", config)
     test = None
     if takes_split:
-        test = one_pass(_user_dataset(function, "test", config))
+        test = first_pass(_user_dataset(function, "test", config))
     return Data(train, test, num_classes=None)
 
 
@@ -631,6 +684,8 @@ def _user_dataset(
             "function of the pass over the data that returns one. Received "
             f"{type(first_pass).__name__}."
         )
+    if isinstance(dataset, LoadedBatches):
+        return dataset
     takes_size = "global_batch_size" in inspect.signature(function).parameters
     if takes_size or data_lib.is_batched(first_pass):
         return dataset

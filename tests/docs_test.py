@@ -21,6 +21,7 @@ README = (ROOT / "README.md").read_text()
 MODULES = ["optimizer", "precision", "strategy", "trainer", "loss_scale"]
 MODULES += ["schedule", "checkpoint", "rollback", "cloud_tpu", "verify"]
 MODULES += ["ranges", "numerics", "auto_layers", "lars", "losses", "export"]
+MODULES += ["loading"]
 
 
 def blocks(language):

@@ -10,6 +10,7 @@ import tensorflow as tf
 from absl import flags
 
 import dist_amp
+from dist_amp import stream
 from dist_amp.datasets import cifar10, imagenet, tokens
 from launch import build
 from launch.config import TrainConfig
@@ -120,7 +121,7 @@ def test_cifar10_is_shifted_and_mirrored():
     assert_changes_each_pass(passes)
     x, y = first_batch(passes, 0)
     assert (x.shape, y.shape) == ((4, 32, 32, 3), (4,))
-    rows = cifar10.batches(examples(32), 1, None).unbatch()
+    rows = stream.one_pass(cifar10.batches(examples(32), 1, None)).unbatch()
     plain = {int(y): x for x, y in rows.as_numpy_iterator()}
     for image, label in zip(x.numpy(), y.numpy(), strict=True):
         assert is_shifted(plain[int(label)], image)
@@ -141,7 +142,7 @@ def test_imagenet_is_cropped_to_one_size():
     passes = imagenet.batches(jpegs, 4, seed=3)
     assert_changes_each_pass(passes)
     assert first_batch(passes, 0)[0].shape == (4, 224, 224, 3)
-    x, y = next(iter(imagenet.batches(jpegs, 4, None)))
+    x, y = first_batch(imagenet.batches(jpegs, 4, None), 0)
     assert x.shape == (4, 224, 224, 3)
     assert list(y.numpy()) == [0, 1, 2, 3]
     # The middle square of 61 of 70 rows, its top left corner in place.
