@@ -186,18 +186,18 @@ def prepare(of_run: TrainConfig, split: str) -> tuple[Any, Any, bool]:
 
     Args:
         of_run: From `settings_to_infer`.
-        split: See `build.load_split`.
+        split: See `inputs.load_split`.
 
     Returns:
         A built trainer, global batches in order, and whether this process is
         the chief.
     """
     with quiet_start():
-        from launch import build  # and TensorFlow
+        from launch import build, hardware, inputs  # and TensorFlow
 
-        devices = build.make_devices(of_run)
+        devices = hardware.make_devices(of_run)
     with contextlib.redirect_stdout(sys.stderr):  # what TFDS prepares
-        data = build.load_split(of_run, split)
+        data = inputs.load_split(of_run, split)
     with quiet_start():  # float16 on CPUs has its own chatter
         trainer = build.make_trainer(of_run, devices, data, trains=False)
         trainer.build(data.train)

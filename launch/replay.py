@@ -70,9 +70,9 @@ def replay(config: ReplayConfig) -> int:
     with quiet_start():
         from dist_amp import replay as replay_lib  # and TensorFlow
         from dist_amp import weights
-        from launch import build
+        from launch import build, hardware, inputs, observers
 
-        devices = build.make_devices(train_config)
+        devices = hardware.make_devices(train_config)
     wanted = num_replicas_of(config.run_dir)
     if devices.strategy.num_replicas_in_sync != wanted:
         raise ConfigError(
@@ -81,7 +81,7 @@ def replay(config: ReplayConfig) -> int:
             "machine like that one."
         )
     with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it prepares
-        data = build.load_data(train_config)
+        data = inputs.load_data(train_config)
     run_dir = RunDir(config.run_dir, train_config.checkpoint_dir)
     found = replay_lib.newest_before(run_dir.checkpoints, config.step)
     where = found or "the start: there is no whole checkpoint before it"
@@ -99,7 +99,7 @@ def replay(config: ReplayConfig) -> int:
             epochs=train_config.num_epochs,
             checkpoint_dir=run_dir.checkpoints,
             steps_per_epoch=train_config.num_steps_per_epoch,
-            callbacks=build.make_auto_layers(devices, data, trainer),
+            callbacks=observers.make_auto_layers(devices, data, trainer),
             rollback=build.rollback_policy(train_config),
         )
     print("\n".join(_lines_of(result)))

@@ -106,24 +106,26 @@ def verify(config: VerifyConfig) -> int:
 
         import dist_amp
         from dist_amp import strategy
-        from launch import build
+        from launch import inputs, models, updates
 
         # Which takes the same function of many trainers for one retraced.
         tf.get_logger().setLevel("ERROR")
         strategy.use_logical_cpus(max(config.replicas))
         strategy.find_devices()  # which initializes them
     with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it prepares
-        data = build.load_data(config)
+        data = inputs.load_data(config)
     # On one device, too: fused batch norm rounds otherwise.
     model_fn = functools.partial(
-        build.make_model, config, data, synchronized=True
+        models.make_model, config, data, synchronized=True
     )
     with quiet_start():  # float16 on CPUs has its own chatter
         certificate = dist_amp.verify(
             model_fn,
             data.train,
-            optimizer_fn=functools.partial(build.make_optimizer, config, data),
-            loss=build.make_loss(config, model_fn()),
+            optimizer_fn=functools.partial(
+                updates.make_optimizer, config, data
+            ),
+            loss=models.make_loss(config, model_fn()),
             metrics=config.metrics,
             precision=config.precision,
             num_steps=config.num_steps,

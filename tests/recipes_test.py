@@ -12,7 +12,7 @@ from absl import flags
 import dist_amp
 from dist_amp import stream
 from dist_amp.datasets import cifar10, imagenet, tokens
-from launch import build
+from launch import build, hardware, inputs, models
 from launch.config import TrainConfig
 from launch.flags import read_command_line
 from tests import support
@@ -32,7 +32,7 @@ def stub(shape, dtype, labels=(), num_classes=None):
     batches = tf.data.Dataset.from_tensors(
         (x, tf.zeros([4, *labels], tf.int32))
     )
-    return build.Data(batches.repeat(2000), None, num_classes)
+    return inputs.Data(batches.repeat(2000), None, num_classes)
 
 
 STUBS = {
@@ -72,7 +72,7 @@ def test_a_recipe_says_what_it_reaches_and_whether_it_was_run(name):
 
 @pytest.mark.parametrize("name", STUBS)
 def test_a_recipes_model_has_the_published_size(name):
-    model = build.make_model(read(name), stub(*STUBS[name]))
+    model = models.make_model(read(name), stub(*STUBS[name]))
     if not model.built:
         model.build((None, *STUBS[name][0]))
     found = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
@@ -87,7 +87,7 @@ def test_a_recipes_step_is_traced_on_two_replicas(name):
     strategy = support.make_strategy(2)
     with dist_amp.scope(strategy, "float32") as precision:
         pass
-    devices = build.Devices(strategy, "mirrored", "", precision)
+    devices = hardware.Devices(strategy, "mirrored", "", precision)
     data = stub(*STUBS[name])
     trainer = build.make_trainer(config, devices, data)
     trainer.build(data.train)

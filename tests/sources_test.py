@@ -11,7 +11,7 @@ from dist_amp import data, records, sources, stream
 from dist_amp.feed import Feed
 from dist_amp.loading import LoadedBatches
 from dist_amp.stream import Stream
-from launch import build
+from launch import inputs
 from launch.config import ConfigError, TrainConfig
 from tests import support
 
@@ -319,10 +319,10 @@ def labels(dataset):
 
 def test_flags_for_files_of_records(files):
     config = config_of(dataset=files, parse=f"{__name__}:parse")
-    found = build.load_data(config)
+    found = inputs.load_data(config)
     assert labels(found.train) == list(range(NUM_TRAIN))
     assert labels(found.test) == list(range(NUM_TEST))
-    test = build.load_split(config, "test").test
+    test = inputs.load_split(config, "test").test
     assert [y.numpy().tolist() for _, y in stream.one_pass(test)] == [
         [0, 1, 2, 3],
         [4, 5, 6],
@@ -333,9 +333,9 @@ def test_flags_for_files_of_records(files):
         data_dir=folder,
         parse=f"{__name__}:parse",
     )
-    assert build.load_data(train_only).test is None
+    assert inputs.load_data(train_only).test is None
     with pytest.raises(ConfigError, match="pass --split=train"):
-        build.load_split(train_only, "test")
+        inputs.load_split(train_only, "test")
 
 
 def test_a_missing_test_split_is_none(tmp_path, caplog):
@@ -343,7 +343,7 @@ def test_a_missing_test_split_is_none(tmp_path, caplog):
     config = config_of(
         dataset=f"{tmp_path}/{{split}}.tfrecord", parse=f"{__name__}:parse"
     )
-    assert build.load_data(config).test is None
+    assert inputs.load_data(config).test is None
     assert "no test split" in caplog.text
 
 
@@ -354,13 +354,13 @@ def test_flags_for_splits(prepared, file_format):
         train_split="train[:8]",
         test_split="train[8:]",
     )
-    found = build.load_data(config)
+    found = inputs.load_data(config)
     train, test = labels(found.train), labels(found.test)
     assert (len(train), len(test)) == (8, NUM_TRAIN - 8)
     assert sorted(train + test) == list(range(NUM_TRAIN))
-    assert labels(build.load_split(config, "test").test) == test
-    assert labels(build.load_split(config, "train").train) == train
-    assert len(labels(build.load_split(config, "test[:3]").test)) == 3
+    assert labels(inputs.load_split(config, "test").test) == test
+    assert labels(inputs.load_split(config, "train").train) == train
+    assert len(labels(inputs.load_split(config, "test[:3]").test)) == 3
 
 
 @pytest.mark.parametrize(
@@ -378,7 +378,7 @@ def test_what_tfds_has_not_is_an_error(prepared, settings, error):
         del given["data_dir"]
     config = config_of(**given | settings)
     with pytest.raises(ConfigError, match=error):
-        build.load_data(config)
+        inputs.load_data(config)
 
 
 @pytest.mark.parametrize(
