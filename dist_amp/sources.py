@@ -18,14 +18,13 @@ from typing import Any
 import tensorflow as tf
 
 from dist_amp import records
-from dist_amp.data import from_arrays, seed_of_pass, shuffled
+from dist_amp.data import SHUFFLE_BUFFER, from_arrays, seed_of_pass, shuffled
 from dist_amp.loading import LoadedBatches, first_pass, for_each
 from dist_amp.stream import DatasetLike, one_pass
 
 # A TFDS split of up to so many bytes is kept in memory and shuffled as a whole.
 _MAX_BYTES_IN_MEMORY = 2**30
-# Else so many examples are shuffled at a time, or as many as fit in the bytes.
-_SHUFFLE_BUFFER = 50_000
+# Of more, so many bytes are shuffled at a time, at most.
 _SHUFFLE_BYTES = 2**31
 _UNKNOWN_BUFFER = 16_384
 # Files that are read at a time, where the order is to be shuffled.
@@ -378,7 +377,7 @@ def _buffer_size(num_bytes: int, num_examples: int | None) -> int:
     if not num_bytes or not num_examples:
         return _UNKNOWN_BUFFER
     fitting = _SHUFFLE_BYTES * num_examples // num_bytes
-    return max(1, min(fitting, _SHUFFLE_BUFFER))
+    return max(1, min(fitting, SHUFFLE_BUFFER))
 
 
 def _bytes_of_row(spec: Any) -> float:
