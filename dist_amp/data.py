@@ -7,6 +7,7 @@ gradient are plain sums over replicas, whatever the size of the last batch;
 a replica that gets no example at all adds zero.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -21,7 +22,7 @@ from dist_amp.stream import DatasetLike
 # Data of up to so many bytes is kept in memory and shuffled as a whole.
 MAX_BYTES_IN_MEMORY = 2**30
 # Else as many examples are shuffled at a time.
-_SHUFFLE_BUFFER = 50_000
+SHUFFLE_BUFFER = 50_000
 
 _AUTOTUNE = tf.data.AUTOTUNE
 
@@ -123,7 +124,8 @@ def split(
     )
 
 
-class _Cut(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Cut:
     """Where batches are cut: see `split`."""
 
     num_replicas: int
@@ -143,7 +145,8 @@ class _Cut(NamedTuple):
         ]
 
 
-class _Shares(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Shares:
     """What each example weighs in the loss of a batch: see `split`."""
 
     reduction: str
@@ -252,7 +255,7 @@ def seed_of_pass(seed: int, number: tf.Tensor) -> tf.Tensor:
 def shuffled(
     examples: tf.data.Dataset,
     seed: tf.Tensor,
-    buffer_size: int = _SHUFFLE_BUFFER,
+    buffer_size: int = SHUFFLE_BUFFER,
 ) -> tf.data.Dataset:
     """Shuffles examples that do not fit in memory, the same for the same seed.
 

@@ -7,13 +7,14 @@ that any record is read at once, by the array_record package.
 
 import bisect
 import concurrent.futures
+import dataclasses
 import functools
 import itertools
 import os
 import struct
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -87,7 +88,8 @@ def _count_in(path: str) -> int:
     return number
 
 
-class Piece(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Piece:
     """Records of a file.
 
     Attributes:

@@ -21,9 +21,7 @@ from dist_amp import data, records
 from dist_amp.loading import LoadedBatches, first_pass, for_each
 from dist_amp.stream import DatasetLike, one_pass
 
-# Of what is not kept in memory so many examples are shuffled at a time, or as
-# many as fit in the bytes.
-_SHUFFLE_BUFFER = 50_000
+# Of what is not kept in memory so many bytes are shuffled at a time, at most.
 _SHUFFLE_BYTES = 2**31
 _UNKNOWN_BUFFER = 16_384
 # Files that are read at a time, where the order is to be shuffled.
@@ -376,7 +374,7 @@ def _buffer_size(num_bytes: int, num_examples: int | None) -> int:
     if not num_bytes or not num_examples:
         return _UNKNOWN_BUFFER
     fitting = _SHUFFLE_BYTES * num_examples // num_bytes
-    return max(1, min(fitting, _SHUFFLE_BUFFER))
+    return max(1, min(fitting, data.SHUFFLE_BUFFER))
 
 
 def _bytes_of_row(spec: Any) -> float:
