@@ -283,6 +283,7 @@ class _Watcher:
 
     def _evaluate(self, path: str, created: float) -> bool:
         from dist_amp import storage
+        from dist_amp.callbacks import as_json
         from launch import saved
 
         try:
@@ -303,7 +304,7 @@ class _Watcher:
             "time": time.time(),
         }
         with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(as_json(line) + "\n")
         shown = ", ".join(f"{n} {v:.6g}" for n, v in _scalars(results).items())
         print(f"{_name_of(path)}: {shown}", flush=True)
         return True

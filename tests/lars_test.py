@@ -51,14 +51,17 @@ def test_norms_and_biases_are_not_adapted_and_do_not_decay(name):
 
 
 @pytest.mark.parametrize(
-    ("weights", "gradient"),
-    [([0.0, 0.0], [0.0, 2.0]), ([3.0, 4.0], [0.0, 0.0])],
+    ("weights", "gradient", "expected"),
+    [
+        ([0.0, 0.0], [0.0, 2.0], [0.0, -1.0]),
+        # Half of a tenth of the weights, which alone would be as large.
+        ([3.0, 4.0], [0.0, 0.0], [2.85, 3.8]),
+    ],
 )
-def test_the_ratio_is_one_where_a_norm_is_zero(weights, gradient):
-    optimizer = LARS(0.5, momentum=0.0)
-    expected = np.subtract(weights, np.multiply(0.5, gradient))
+def test_the_ratio_is_one_where_a_norm_is_zero(weights, gradient, expected):
+    optimizer = LARS(0.5, momentum=0.0, weight_decay=0.1)
     np.testing.assert_allclose(
-        updated(optimizer, [gradient], weights), expected
+        updated(optimizer, [gradient], weights), expected, rtol=1e-6
     )
 
 

@@ -100,6 +100,24 @@ def test_a_language_model_sees_no_later_token():
     assert np.abs(one[:, 3:] - other[:, 3:]).max(axis=-1).min() > 1e-4
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_attention_of_large_numbers_stays_within_float16(dropout):
+    """Products of 64 x 40 x 40 are beyond float16 until they are scaled."""
+    layer = transformer.SelfAttention(1, dropout=dropout, dtype="float16")
+    layer.build((1, 2, 64))
+    layer.inward.kernel.assign(np.tile(np.eye(64), 3))
+    layer.outward.kernel.assign(np.eye(64))
+    found = layer(np.full((1, 2, 64), 40.0, "float16"))
+    np.testing.assert_allclose(found, np.full((1, 2, 64), 40.0))
+
+
+def test_a_mean_of_thousands_in_float16_and_of_no_token():
+    x = tf.fill([2, 8192, 2], tf.constant(9.0, tf.float16))
+    is_token = tf.constant([[True], [False]]) & tf.ones([1, 8192], tf.bool)
+    found = encoder._pooled(x, is_token, "mean")
+    np.testing.assert_array_equal(found, [[9.0, 9.0], [0.0, 0.0]])
+
+
 @pytest.mark.parametrize("pooling", ["first", "mean"])
 def test_an_encoder_sees_no_padding(pooling):
     model = encoder.build(
