@@ -68,6 +68,7 @@ def explain(
         lambda: _states(found, reference),
         lambda: _optimizer(found),
         lambda: _extras(found),
+        lambda: _told_loss(found),
         lambda: _metrics(found),
         lambda: _random(reference, batches[0]),
         lambda: _mixing(reference, batches[0]),
@@ -134,6 +135,17 @@ def _states(found: Sequence[Difference], reference: Subject) -> str | None:
     return (
         f"{name} is computed from each replica's own slice: all-reduce what "
         "is assigned to it"
+    )
+
+
+def _told_loss(found: Sequence[Difference]) -> str | None:
+    """The loss differs, and nothing that comes of its gradients."""
+    if {one.what for one in found} != {difference_lib.LOSS}:
+        return None
+    return (
+        "the loss that is told differs, the gradients do not: give "
+        "`self.metrics.update` this replica's part of the loss, as "
+        "`compute_loss` returns it"
     )
 
 

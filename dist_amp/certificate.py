@@ -94,8 +94,8 @@ def _verdict(certificate: Certificate) -> str:
     if number:
         return f"NOT EQUIVALENT: {number} of {len(cases)} cases differ"
     return (
-        f"EQUIVALENT: {len(cases)} cases, {certificate.num_steps} updates "
-        f"each, in {certificate.precision}"
+        f"EQUIVALENT: {len(cases)} case{'s' * (len(cases) > 1)}, "
+        f"{certificate.num_steps} updates each, in {certificate.precision}"
     )
 
 

@@ -13,6 +13,7 @@ from dist_amp import random_state
 from dist_amp import strategy as strategy_lib
 from dist_amp import wire as wire_lib
 from dist_amp.auto_layers import pin_as_saved
+from dist_amp.layer_tree import LayerTree
 from dist_amp.metrics import MetricsLike
 from dist_amp.optimizer import (
     DistributedOptimizer,
@@ -89,7 +90,7 @@ class Record:
     """What one update did.
 
     Attributes:
-        loss: Of its global batch.
+        loss: Of its global batch; NaN if a replica's part was not finite.
         metrics: Of its global batch.
         settings: Learning rate, loss scale, skipped updates.
         gradients: Reduced and unscaled, as they reach the inner optimizer, by
@@ -185,7 +186,7 @@ class Subject:
         skipped = self.num_skipped
         logs = self.trainer.train_on(self.dataset(batches))
         return Record(
-            loss=logs["loss"],
+            loss=float("nan") if logs["nonfinite_losses"] else logs["loss"],
             metrics={k: v for k, v in logs.items() if k not in _NOT_METRICS},
             settings={
                 name: float(logs[name])
@@ -377,7 +378,7 @@ def turn_off_noise(model: keras.Model) -> list[str]:
     Returns:
         Paths of the layers that had any.
     """
-    found = []
+    tree, found = LayerTree(model), []
     for layer in layers_of(model):
         if not type(layer).__module__.startswith("keras."):
             continue  # a user's `rate` may be anything
@@ -385,7 +386,7 @@ def turn_off_noise(model: keras.Model) -> list[str]:
             value = vars(layer).get(name)  # no property, as of LSTM
             if isinstance(value, float) and value:
                 setattr(layer, name, 0.0)
-                found.append(layer.path)
+                found.append(tree.path_of(layer))
     return list(dict.fromkeys(found))
 
 

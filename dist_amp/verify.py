@@ -464,13 +464,16 @@ def _applied(subject: Subject, batches: Sequence[Any]) -> Record:
     """An update, made again at a lower loss scale for as long as it is skipped.
 
     Raises:
-        FloatingPointError: It is skipped again and again.
+        FloatingPointError: It is skipped again and again, or would be: the
+            loss itself is not finite.
     """
     for _ in range(_MAX_SKIPS):
         record = subject.step(batches)
         if not record.is_skipped:
             return record
-    raise FloatingPointError(f"{_MAX_SKIPS} skipped updates in a row")
+        if not math.isfinite(record.loss):
+            break
+    raise FloatingPointError("skipped at any loss scale")
 
 
 _MAX_SKIPS = 100
