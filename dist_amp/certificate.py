@@ -100,7 +100,8 @@ def _verdict(certificate: Certificate) -> str:
 
 
 def _circumstances(certificate: Certificate) -> Iterator[str]:
-    yield f"on {', '.join(certificate.devices)}"
+    if certificate.devices:
+        yield f"on {', '.join(certificate.devices)}"
     if certificate.turned_off:
         yield f"turned off: {', '.join(certificate.turned_off)}"
     for note in certificate.notes:

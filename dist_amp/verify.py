@@ -10,7 +10,6 @@ variable that differ are the ones at fault.
 import dataclasses
 import functools
 import math
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -24,9 +23,17 @@ from dist_amp import difference as difference_lib
 from dist_amp import precision as precision_lib
 from dist_amp.auto_layers import AutoLayers
 from dist_amp.certificate import Case, Certificate
-from dist_amp.difference import Difference, Names, Tolerance
+from dist_amp.comparison import (
+    NUMERICS,
+    Comparison,
+    describe_error,
+    describe_not_finite,
+    first_broken,
+    names_of,
+)
+from dist_amp.difference import Tolerance
 from dist_amp.metrics import MetricsLike
-from dist_amp.optimizer import LossScaleOptimizer
+from dist_amp.optimizer import MAX_SKIPS_AT_FLOOR, LossScaleOptimizer
 from dist_amp.stream import DatasetLike, one_pass
 from dist_amp.subject import (
     Parts,
@@ -120,6 +127,11 @@ def verify(
         raise ValueError(
             f"`suites` must be out of {', '.join(SUITES)}. Received "
             f"{list(suites)} (--suites)."
+        )
+    if not num_replicas or min(num_replicas) < 2:
+        raise ValueError(
+            "`num_replicas` must be numbers greater than 1. Received "
+            f"{list(num_replicas)} (--num_replicas)."
         )
     if num_steps < 2:
         raise ValueError(
@@ -288,7 +300,9 @@ class _Examiner:
             batches = self._groups(reference)
             reference.step(batches[0])  # it may be refused when it is traced
         except ValueError as error:
-            self.left_out.append(f"accumulated gradients: {_described(error)}")
+            self.left_out.append(
+                f"accumulated gradients: {describe_error(error)}"
+            )
             return
         yield from self._compare(reference, subjects, batches)
 
@@ -340,15 +354,17 @@ class _Examiner:
             full.load_weights(half)
             wanted = [full.step(group) for group in groups]
         case = Case(name=f"losses in {dtype} and in float32", passed=False)
-        broken = _first_broken(wanted, _names(full))
+        broken = first_broken(wanted, names_of(full))
         if broken is not None:
             step, what = broken
-            yield _failed(case, step, what, _not_finite("float32", step, what))
+            yield _failed(
+                case, step, what, describe_not_finite("float32", step, what)
+            )
             return
         try:
             records = [_applied(half, group) for group in groups]
-        except (FloatingPointError, tf.errors.InvalidArgumentError):
-            cause = f"{dtype} overflows at any loss scale; {_NUMERICS}"
+        except FloatingPointError:
+            cause = f"{dtype} overflows at any loss scale; {NUMERICS}"
             yield _failed(case, 0, None, cause)
             return
         yield _case_of_losses(case, half, records, wanted)
@@ -393,50 +409,29 @@ class _Examiner:
     ) -> Iterator[Case]:
         """Steps all subjects from each state of the reference."""
         comparisons = [
-            _Comparison(name, subject, reference, self._tolerance)
+            Comparison(name, subject, reference, self._tolerance)
             for name, subject in subjects.items()
         ]
-        num_applied = 0
+        num_applied, skips = 0, 0
         for step, batches in enumerate(groups):
             is_hit = overflows and step % 3 == 1
             state = reference.state()
             wanted = reference.step(batches, overflows=is_hit)
             num_applied += not wanted.is_skipped
-            broken = _first_broken([wanted], _names(reference))
+            skips = skips + 1 if wanted.is_skipped else 0
+            broken = first_broken([wanted], names_of(reference))
             if broken is not None:
                 for one in comparisons:
                     one.end(step, broken[1])
-                break
+            if broken is not None or skips == MAX_SKIPS_AT_FLOOR - 1:
+                break  # before the optimizer ends it
             for one in comparisons:
                 if not one.has_failed:
                     one.take(step, batches, (state, wanted), overflows=is_hit)
         for one in comparisons:
             self.notes += one.notes()
-            yield one.case() if num_applied else _nothing(one.case())
-
-
-def _first_broken(
-    records: Sequence[Record], names: Names
-) -> tuple[int, str] | None:
-    """The first update that made something not finite, and what."""
-    for step, record in enumerate(records):
-        what = difference_lib.first_not_finite(record, names)
-        if what is not None:
-            return step, what
-    return None
-
-
-def _not_finite(precision: str, step: int, what: str) -> str:
-    mend = (
-        "look for a division by 0, a logarithm, a learning rate that is too "
-        "high"
-        if precision == "float32"
-        else _NUMERICS
-    )
-    return (
-        f"not finite on one device in {precision}: update {step + 1}, {what}; "
-        f"{mend}"
-    )
+            is_over = not num_applied or skips == MAX_SKIPS_AT_FLOOR - 1
+            yield _nothing(one.case()) if is_over else one.case()
 
 
 def _failed(case: Case, step: int, what: str | None, cause: str) -> Case:
@@ -445,18 +440,15 @@ def _failed(case: Case, step: int, what: str | None, cause: str) -> Case:
     )
 
 
-_NUMERICS = "`python -m launch.numerics` tells which layers to keep in float32"
-
-
 def _nothing(case: Case) -> Case:
-    """A case in which not one update was applied proves nothing."""
+    """A case in which updates are skipped on and on proves nothing."""
     return dataclasses.replace(
         case,
         passed=False,
         cause=case.cause
-        or "nothing was compared: all updates were skipped on one device, too, "
-        "since gradients were not finite at any loss scale; "
-        + _NUMERICS,
+        or "nothing was compared: one update after another was skipped on one "
+        "device, too, since gradients were not finite at any loss scale; "
+        + NUMERICS,
     )
 
 
@@ -464,165 +456,18 @@ def _applied(subject: Subject, batches: Sequence[Any]) -> Record:
     """An update, made again at a lower loss scale for as long as it is skipped.
 
     Raises:
-        FloatingPointError: It is skipped again and again, or would be: the
+        FloatingPointError: No lower scale is left, or none would help: the
             loss itself is not finite.
     """
-    for _ in range(_MAX_SKIPS):
+    scale = math.inf
+    while True:
         record = subject.step(batches)
         if not record.is_skipped:
             return record
-        if not math.isfinite(record.loss):
-            break
-    raise FloatingPointError("skipped at any loss scale")
-
-
-_MAX_SKIPS = 100
-
-
-class _Comparison:
-    """One subject beside the reference, until something differs."""
-
-    def __init__(
-        self,
-        name: str,
-        subject: Subject,
-        reference: Subject,
-        tolerance: Tolerance,
-    ):
-        self._name = name
-        self._subject = subject
-        self._reference = reference
-        self._tolerance = tolerance
-        self._names = _names(reference)
-        self._worst: Difference | None = None
-        self._first: Difference | None = None
-        self._cause: str | None = None
-        self._num_taken = 0
-        self._apart: list[int] = []
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether it need not go on."""
-        return self._cause is not None
-
-    def take(
-        self,
-        step: int,
-        batches: Sequence[Any],
-        expected: tuple[list[np.ndarray], Record],
-        *,
-        overflows: bool,
-    ) -> None:
-        """Makes an update from the reference's state, and compares."""
-        state, wanted = expected
-        try:
-            self._subject.load(state)
-            record = self._subject.step(batches, overflows=overflows)
-        except (tf.errors.OpError, ValueError, RuntimeError) as error:
-            self._first = Difference(
-                what="error",
-                name="the step",
-                error=math.inf,
-                tolerance=0.0,
-                step=step,
-            )
-            self._cause = _described(error)
-            return
-        self._num_taken += 1
-        found = self._compared(record, wanted, state, overflows=overflows)
-        found = [dataclasses.replace(one, step=step) for one in found]
-        worst = max(found, key=lambda one: one.severity, default=self._worst)
-        if worst and (
-            self._worst is None or worst.severity > self._worst.severity
-        ):
-            self._worst = worst
-        beyond = [one for one in found if one.is_beyond]
-        if beyond:
-            self._first = beyond[0]
-            self._cause = causes.explain(
-                self._subject,
-                self._reference,
-                records=(record, wanted),
-                found=beyond,
-                batches=batches,
-            )
-
-    def _compared(
-        self,
-        record: Record,
-        wanted: Record,
-        state: Sequence[np.ndarray],
-        *,
-        overflows: bool,
-    ) -> list[Difference]:
-        """All of an update, or what is left where only one of two skipped.
-
-        A sum of float16 that leaves its range on one device may not in parts,
-        nor need parts that do as a whole.
-        """
-        is_apart = record.is_skipped != wanted.is_skipped
-        if is_apart and self._is_float16 and not overflows:
-            self._apart.append(self._num_taken)
-            return list(difference_lib.of_replicas(record, self._names))
-        return list(
-            difference_lib.differences(
-                record,
-                wanted,
-                before=state,
-                names=self._names,
-                tolerance=self._tolerance,
-            )
-        )
-
-    @property
-    def _is_float16(self) -> bool:
-        name = self._subject.variation.precision
-        return precision_lib.Precision(name).needs_loss_scale
-
-    def notes(self) -> Iterator[str]:
-        """On updates that only one of the two skipped."""
-        if self._apart:
-            yield (
-                f"{self._name}: update {', '.join(map(str, self._apart))} was "
-                "skipped on one side only: a sum of float16 may leave its "
-                "range as a whole and not in parts, or in parts only"
-            )
-
-    def end(self, step: int, what: str) -> None:
-        """Fails, since there is nothing to compare with, unless it has."""
-        if self.has_failed:
-            return
-        name = self._reference.variation.precision
-        self._first = Difference(
-            what="not finite", name=what, error=math.nan, tolerance=0, step=step
-        )
-        self._cause = _not_finite(name, step, what)
-
-    def case(self) -> Case:
-        """The verdict."""
-        worst, first = self._worst, self._first
-        if first is None and 2 * len(self._apart) > self._num_taken:
-            self._cause = (
-                "most updates were skipped on one device or on the replicas, "
-                "and not on both, so that next to nothing was compared: start "
-                "with a lower loss scale (`initial_scale`, "
-                "--loss_scale_initial)"
-            )
-        return Case(
-            name=self._name,
-            passed=self._cause is None,
-            max_error=worst.error if worst else None,
-            tolerance=worst.tolerance if worst else None,
-            first_step=first.step if first else None,
-            first_variable=_named(first) if first else None,
-            cause=self._cause,
-        )
-
-
-def _named(first: Difference) -> str:
-    """A variable and in what it differs; a loss says so itself."""
-    is_plain = first.what in ("not finite", difference_lib.LOSS)
-    return first.name if is_plain else f"{first.name} ({first.what})"
+        lower = record.settings["loss_scale"]
+        if lower >= scale or not math.isfinite(record.loss):
+            raise FloatingPointError("skipped at any loss scale")
+        scale = lower
 
 
 class _StopAt(keras.callbacks.Callback):
@@ -665,7 +510,7 @@ def _case_of_losses(
     dtype = precision_lib.Precision(subject.variation.precision).compute_dtype
     scale = records[0].settings["loss_scale"]
     if causes.lacks_loss_scale(records[0], wanted[0], loss_scale=scale):
-        first = _names(subject).trainable[0]
+        first = names_of(subject).trainable[0]
         cause = causes.of_missing_scale(subject)
         return _failed(case, 0, f"{first} (gradient)", cause)
     errors = [
@@ -677,7 +522,7 @@ def _case_of_losses(
     if error <= tolerance:
         return dataclasses.replace(measured, passed=True)
     step = next(i for i, one in enumerate(errors) if not one <= tolerance)
-    cause = f"{dtype} loses what this model needs: {_NUMERICS}"
+    cause = f"{dtype} loses what this model needs: {NUMERICS}"
     return _failed(measured, step, "loss", cause)
 
 
@@ -723,17 +568,6 @@ def _case_of_restart(
     )
 
 
-def _names(subject: Subject) -> Names:
-    trainer = subject.trainer
-    return Names(
-        trainable=[v.path for v in trainer.model.trainable_variables],
-        others=[v.path for v in subject.others],
-        optimizer=[v.path for v in subject.slots],
-        owners=subject.owners_of_slots(),
-        extras=[(group, path_of(v)) for group, v in subject.extras],
-    )
-
-
 # --------------------------------------------------------------- the batches
 
 
@@ -766,20 +600,3 @@ def _size(batch: Any) -> int:
 
 def _cut(batch: Any, rows: int) -> Any:
     return tf.nest.map_structure(lambda leaf: leaf[:rows], batch)
-
-
-def _described(error: Exception) -> str:
-    """What TensorFlow says in many lines, in one."""
-    text = str(error)
-    operations = re.findall(r"No registered '(\w+)' OpKernel", text)
-    if operations:
-        return (
-            f"XLA has no {', '.join(dict.fromkeys(operations))}: leave it out "
-            "of the model, or train without `jit_compile`"
-        )
-    lines = [line.strip() for line in text.splitlines()]
-    told = [line for line in lines if line and not line.startswith(_FRAMES)]
-    return f"{type(error).__name__}: {(told or [''])[0][:300]}"
-
-
-_FRAMES = ("Graph execution error", "Detected at node", "File ", "The op is")

@@ -286,6 +286,18 @@ def make_rounded():
     )
 
 
+def make_overflowing():
+    """At a loss scale of 2**15 its whole gradient is too large by half."""
+    return keras.Sequential(
+        [keras.Input((1,)), layers.Dense(C, kernel_initializer="zeros")]
+    )
+
+
+def overflowing_dataset():
+    arrays = np.full([24, 1], 4.5, "float32"), np.zeros(24, "int32")
+    return support.batched(arrays)
+
+
 WRONG = {
     "batch norm": (
         {"make_model": lambda: around(layers.BatchNormalization())},
@@ -390,9 +402,21 @@ WRONG = {
         {
             "make_model": make_large,
             "precision": "mixed_float16",
-            "suites": ["precision"],
+            "suites": ["replicas", "precision"],
         },
-        "launch.numerics",
+        r"one update after another was skipped[\s\S]*launch.numerics[\s\S]*"
+        "float16 overflows at any loss scale",
+    ),
+    "skipped on one device only": (
+        {
+            "make_model": make_overflowing,
+            "dataset": overflowing_dataset(),
+            "optimizer_fn": lambda: dist_amp.wrap_optimizer(
+                support.make_sgd(), loss_scale=2.0**15
+            ),
+            "precision": "mixed_float16",
+        },
+        "not on both, .* lower loss scale",
     ),
 }
 
@@ -478,18 +502,6 @@ class Tempered(Overridden):
 
     def loss_of(self, batch, predictions):
         return self.compute_loss(batch, predictions / self.temperature)
-
-
-def make_overflowing():
-    """At a loss scale of 2**15 its whole gradient is too large by half."""
-    return keras.Sequential(
-        [keras.Input((1,)), layers.Dense(C, kernel_initializer="zeros")]
-    )
-
-
-def overflowing_dataset():
-    arrays = np.full([24, 1], 4.5, "float32"), np.zeros(24, "int32")
-    return support.batched(arrays)
 
 
 def make_frozen():
