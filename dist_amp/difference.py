@@ -14,7 +14,7 @@ class Tolerance:
     """Relative errors that rounding explains.
 
     Attributes:
-        loss: Of the loss and of metrics.
+        loss: Of the loss, and of metrics in float32.
         gradient: Of a variable's gradient, by its norm.
         update: Of the change of a variable, the optimizer's too, by its norm.
         state: Of other variables, by their norm.
@@ -22,6 +22,8 @@ class Tolerance:
             the size of an entry, may be what rounding left of larger terms,
             as that of a bias before batch normalization: its error is taken
             by the share.
+        flips: Share of the examples, and at least one, for which rounding may
+            change what a metric counts, as whether the class is right.
     """
 
     loss: float
@@ -29,6 +31,7 @@ class Tolerance:
     update: float
     state: float
     noise: float
+    flips: float = 0.0
 
 
 TOLERANCES = {
@@ -36,10 +39,10 @@ TOLERANCES = {
         loss=1e-5, gradient=1e-4, update=1e-3, state=1e-4, noise=0.05
     ),
     "float16": Tolerance(
-        loss=2e-3, gradient=2e-2, update=5e-2, state=5e-3, noise=0.2
+        loss=2e-3, gradient=8e-2, update=0.2, state=5e-3, noise=0.1, flips=0.05
     ),
     "bfloat16": Tolerance(
-        loss=1e-2, gradient=1e-1, update=3e-1, state=2e-2, noise=0.3
+        loss=1e-2, gradient=0.1, update=0.3, state=2e-2, noise=0.3, flips=0.1
     ),
 }
 
@@ -148,7 +151,8 @@ def differences(
     yield Difference(
         what=LOSS, name="loss", error=error, tolerance=tolerance.loss
     )
-    yield from _of_gradients(record, reference, names, tolerance)
+    if not reference.is_skipped:  # else they are those of an earlier update
+        yield from _of_gradients(record, reference, names, tolerance)
     yield from of_replicas(record, names)
     yield from _of_updates(record, reference, trainable, names, tolerance)
     yield from _of_slots(record, reference, slots, names, tolerance)
@@ -161,10 +165,29 @@ def differences(
         )
     yield from _of_extras(record, reference, extras, names)
     for name, value in record.metrics.items():
-        error = _relative(value, reference.metrics[name], _METRIC_FLOOR)
-        yield Difference(
-            what=METRIC, name=name, error=error, tolerance=tolerance.loss
+        yield of_metric(
+            name,
+            value,
+            reference.metrics[name],
+            tolerance=tolerance,
+            num_examples=reference.num_examples,
         )
+
+
+def of_metric(
+    name: str,
+    value: Any,
+    other: Any,
+    *,
+    tolerance: Tolerance,
+    num_examples: float,
+) -> Difference:
+    """In half precision, by what a metric of some examples may jump by."""
+    floor, limit = _METRIC_FLOOR, tolerance.loss
+    if tolerance.flips:
+        floor, limit = 1.0, max(tolerance.flips, 1.5 / max(num_examples, 1.0))
+    error = _relative(value, other, floor)
+    return Difference(what=METRIC, name=name, error=error, tolerance=limit)
 
 
 def first_not_finite(record: Record, names: Names) -> str | None:

@@ -45,6 +45,8 @@ class Parts:
         metrics: As in `Trainer`.
         trainer: Makes a `Trainer`, or one that overrides its steps.
         seed: Of weights.
+        precision: The one that is verified; the optimizer is made for it in
+            every variation, since its arguments may be for it alone.
         devices: One for each replica, as many as the largest number takes.
         pinned: Layers that compute in float32, as `AutoLayers.get_state`
             tells them; None: as the model has it.
@@ -58,6 +60,7 @@ class Parts:
     metrics: MetricsLike
     trainer: Callable[..., Trainer]
     seed: int
+    precision: str
     devices: Sequence[str]
     pinned: dict[str, Any] | None = None
     first_scale: float | None = None
@@ -92,6 +95,7 @@ class Record:
     Attributes:
         loss: Of its global batch; NaN if a replica's part was not finite.
         metrics: Of its global batch.
+        num_examples: In it.
         settings: Learning rate, loss scale, skipped updates.
         gradients: Reduced and unscaled, as they reach the inner optimizer, by
             trainable variable; those of the last update that was applied.
@@ -104,6 +108,7 @@ class Record:
 
     loss: float
     metrics: dict[str, Any]
+    num_examples: float
     settings: dict[str, float]
     gradients: list[np.ndarray]
     trainable: list[list[np.ndarray]]
@@ -143,6 +148,7 @@ class Subject:
         self.strategy = make_strategy(parts.devices[: variation.num_replicas])
         with precision_lib.scope(self.strategy, variation.precision):
             model = parts.model_fn()
+        with precision_lib.scope(self.strategy, parts.precision):
             optimizer = _make_optimizer(parts.optimizer_fn(), variation)
         self.trainer = parts.trainer(
             model,
@@ -188,6 +194,7 @@ class Subject:
         return Record(
             loss=float("nan") if logs["nonfinite_losses"] else logs["loss"],
             metrics={k: v for k, v in logs.items() if k not in _NOT_METRICS},
+            num_examples=float(logs["examples"]),
             settings={
                 name: float(logs[name])
                 for name in ("learning_rate", "loss_scale", "skipped_updates")

@@ -139,6 +139,7 @@ def verify(
             "(--num_steps)."
         )
     devices = find_devices(max(num_replicas))
+    resolved = precision_lib.resolve(precision, make_strategy(devices[:1]))
     parts = Parts(
         model_fn=model_fn,
         optimizer_fn=optimizer_fn,
@@ -146,15 +147,13 @@ def verify(
         metrics=metrics,
         trainer=trainer,
         seed=seed,
+        precision=resolved.name,
         devices=devices,
     )
-    resolved = precision_lib.resolve(precision, make_strategy(devices[:1]))
     before = random_state.read_host()
     try:
         with precision_lib.keep_rewrites():
-            examiner = _Examiner(
-                parts, dataset, resolved.name, num_steps, tuple(num_replicas)
-            )
+            examiner = _Examiner(parts, dataset, num_steps, tuple(num_replicas))
             cases = tuple(examiner.cases(suites))
     finally:
         random_state.write_host(before)
@@ -176,12 +175,11 @@ class _Examiner:
         self,
         parts: Parts,
         dataset: DatasetLike,
-        precision: str,
         num_steps: int,
         num_replicas: tuple[int, ...],
     ):
         self._parts = parts
-        self._precision = precision_lib.Precision(precision)
+        self._precision = precision_lib.Precision(parts.precision)
         self._num_steps = num_steps
         self._num_replicas = num_replicas
         first = one_pass(dataset)
@@ -349,9 +347,9 @@ class _Examiner:
             return
         half = self._reference()
         groups = self._groups(half)
+        full = self._subject(precision="float32", loss_scale=None)
+        full.load_weights(half)
         with precision_lib.keep_rewrites(turned_off=True):
-            full = self._subject(precision="float32", loss_scale=None)
-            full.load_weights(half)
             wanted = [full.step(group) for group in groups]
         case = Case(name=f"losses in {dtype} and in float32", passed=False)
         broken = first_broken(wanted, names_of(full))

@@ -528,7 +528,7 @@ RIGHT = {
     "float16 that overflows as a whole": {
         "make_model": make_overflowing,
         "dataset": overflowing_dataset,
-        "optimizer_fn": lambda: dist_amp.LossScaleOptimizer(
+        "optimizer_fn": lambda: dist_amp.wrap_optimizer(
             support.make_sgd(), initial_scale=2.0**17
         ),
         "precision": "mixed_float16",
@@ -677,6 +677,22 @@ def test_one_gpu_is_too_few_for_replicas_and_their_reference(monkeypatch):
     assert subject.find_devices(2) == ["CPU:0", "CPU:1"]
     names["GPU"].append("GPU:1")
     assert subject.find_devices(2) == ["GPU:0", "GPU:1"]
+
+
+def test_rounding_may_change_the_class_of_an_example():
+    def is_beyond(precision, accuracy, num_examples=8):
+        return difference.of_metric(
+            "accuracy",
+            accuracy,
+            0.5,
+            tolerance=difference.TOLERANCES[precision],
+            num_examples=num_examples,
+        ).is_beyond
+
+    assert not is_beyond("float16", 0.625)
+    assert is_beyond("float16", 0.75)
+    assert is_beyond("float16", 0.625, num_examples=64)
+    assert is_beyond("float32", 0.625)
 
 
 def test_a_restart_gives_the_same_bits_on_cpus_only():
