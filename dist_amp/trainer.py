@@ -420,7 +420,7 @@ class Trainer(Steps):
             y, predictions = self._build_model(dataset)
             self.optimizer.build(self.model.trainable_variables)
             self.metrics.build(y, predictions)
-        self._check_combinations()
+        self._check_combinations(predictions)
         self._warn_of_odd_sizes()
         self.prepare_layers()
         self.spread_seeds()
@@ -596,7 +596,7 @@ class Trainer(Steps):
             self.strategy, self.beacon, report_dir=self.report_dir
         ).watching()
 
-    def _check_combinations(self) -> None:
+    def _check_combinations(self, predictions: Any) -> None:
         parts = self.optimizer.gradient_accumulation_steps
         if parts and reduction_of(self.loss) == "sum":
             raise ValueError(
@@ -608,16 +608,31 @@ class Trainer(Steps):
                 "`jit_compile` would be ignored on a TPU, which compiles "
                 "every step; leave it off (--nojit_compile)."
             )
-        if (
-            self.jit_compile
-            and self.strategy.num_replicas_in_sync > 1
-            and optimizer_lib.is_synchronized(self.model)
-        ):
+        if not self.jit_compile or self.strategy.num_replicas_in_sync == 1:
+            return
+        if optimizer_lib.is_synchronized(self.model):
             raise ValueError(
                 "`jit_compile` on several replicas cannot compile layers that "
                 "talk to other replicas, like BatchNormalization("
                 "synchronized=True); turn one of them off (--nojit_compile)."
             )
+        if self._counts_masks(predictions):
+            raise ValueError(
+                "`jit_compile` on several replicas cannot compile a loss that "
+                "a Keras mask makes shorter, since all replicas must count "
+                "what is left of it; mask by sample weights instead, or turn "
+                "XLA off (--nojit_compile)."
+            )
+
+    def _counts_masks(self, predictions: Any) -> bool:
+        """Whether our own loss divides by what masks leave of all replicas."""
+        is_masked = any(
+            getattr(leaf, "_keras_mask", None) is not None
+            for leaf in tf.nest.flatten(predictions)
+        )
+        is_ours = type(self).compute_loss is Steps.compute_loss
+        has_mean = self.loss is not None and reduction_of(self.loss) != "sum"
+        return is_masked and is_ours and has_mean
 
     def _warn_of_odd_sizes(self) -> None:
         """Tensor cores want sizes that are multiples of 8."""
