@@ -75,6 +75,7 @@ IGNORED = {
     "jit_compile": "the suite xla compares training with it and without",
     "compilation_cache": "what XLA compiles here is not kept",
     "deterministic": "on CPUs all runs of one seed have the same bits",
+    "test_split": "metrics are those of the training's own examples",
     "initial_weights": "weights are new ones, of --seed",
     **dict.fromkeys(
         (
@@ -101,6 +102,8 @@ IGNORED = {
             "max_rollbacks",
             "rollback_lower",
             "rollback_factor",
+            "tensorboard_graph",
+            "histogram_every_epochs",
         ),
         _NOTHING_KEPT,
     ),

@@ -97,7 +97,8 @@ def test_every_setting_of_training_is_used_or_refused():
     assert set(IGNORED) <= known
     assert known - set(IGNORED) == {
         *("model", "model_option", "loss", "label_smoothing", "metrics"),
-        *("dataset", "data_dir", "input_dtype", "global_batch_size"),
+        *("dataset", "dataset_option", "data_dir", "parse", "train_split"),
+        *("input_dtype", "global_batch_size"),
         *("precision", "loss_scale", "loss_scale_initial", "loss_scale_min"),
         *("loss_scale_max", "loss_scale_growth_interval", "seed"),
         *("gradient_accumulation_steps", "optimizer", "optimizer_option"),
