@@ -1,14 +1,13 @@
 """launch.numerics as a user calls it."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
 from launch.config import ConfigError
 from launch.numerics import NumericsConfig
-from tests.launch.train_test import SECONDS, environment
+from tests.launch.programs import run
 
 MINE = """
 import keras
@@ -32,31 +31,20 @@ def data(split, global_batch_size):
 OURS = ("--model=mine:model", "--dataset=mine:data")
 
 
-def call(folder, module, *flags):
-    return subprocess.run(
-        [sys.executable, "-m", f"launch.{module}", *flags],
-        cwd=folder,
-        env=environment(PYTHONPATH=":".join([str(folder), *sys.path])),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Holds a model, and a run of it with auto_layers."""
     folder = tmp_path_factory.mktemp("numerics")
     (folder / "mine.py").write_text(MINE)
     flags = ("--precision=auto_layers", "--epochs=2", "--run_dir=run")
-    done = call(folder, "train", *OURS, *flags)
+    done = run(folder, "train", *OURS, *flags)
     assert done.returncode == 0, done.stderr
     assert "float32 from here on: large (its output reaches" in done.stderr
     return folder
 
 
 def test_it_tells_what_needs_float32_and_writes_it_down(folder):
-    done = call(folder, "numerics", *OURS, "--out=look")
+    done = run(folder, "numerics", *OURS, "--out=look")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("weights: new ones (--seed=0)\n\nlayer ")
     rows = [line.split() for line in done.stdout.splitlines()[3:7]]
@@ -82,13 +70,13 @@ def test_it_takes_the_weights_of_a_run(folder, is_saved):
     if is_saved:
         flags += ["--checkpoint_dir=none"]
         source = "run/model.keras"
-    done = call(folder, "numerics", *OURS, *flags)
+    done = run(folder, "numerics", *OURS, *flags)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"weights: {source}\n")
 
 
 def test_a_run_that_is_not_there_is_an_error(folder):
-    done = call(folder, "numerics", *OURS, "--run_dir=nowhere")
+    done = run(folder, "numerics", *OURS, "--run_dir=nowhere")
     assert done.returncode == 2
     assert "--run_dir=nowhere holds neither a checkpoint" in done.stderr
 

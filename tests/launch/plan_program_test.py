@@ -137,7 +137,7 @@ def test_wrong_settings_are_told(tmp_path, arguments, told):
 
 
 def test_help_needs_no_tensorflow(tmp_path):
-    done = programs.run(tmp_path, "plan", "--help")
+    done = programs.run(tmp_path, "plan", "--help", is_fresh=True)
     assert done.returncode == 0
     assert "--topology" in done.stdout
     assert "--global_batch_size" in done.stdout

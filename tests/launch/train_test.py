@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from dist_amp.meter import MEASURED
+from tests.launch import programs
 
 SECONDS = 180
 
@@ -30,15 +31,8 @@ def environment(**more):
     return {**clean, "PYTHONPATH": os.pathsep.join(sys.path), **more}
 
 
-def launch(cwd, *flags):
-    return subprocess.run(
-        command(*flags),
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=SECONDS,
-    )
+def launch(cwd, *flags, **options):
+    return programs.run(cwd, "train", *flags, **options)
 
 
 def read_lines(run_dir):
@@ -48,7 +42,7 @@ def read_lines(run_dir):
 @pytest.fixture(scope="module")
 def default_run(tmp_path_factory, data_dir):
     cwd = tmp_path_factory.mktemp("default")
-    return cwd, launch(cwd, f"--data_dir={data_dir}")
+    return cwd, launch(cwd, f"--data_dir={data_dir}", is_fresh=True)
 
 
 def test_with_no_flag_it_reaches_95_percent(default_run):
