@@ -6,6 +6,7 @@ The same model on one device, N replicas, many hosts or a TPU.
 from dist_amp import numerics
 from dist_amp.auto_layers import AutoLayers
 from dist_amp.checkpoint import Checkpointer, SavePolicy
+from dist_amp.loading import LoadedBatches
 from dist_amp.optimizer import (
     DistributedOptimizer,
     LossScaleOptimizer,
@@ -23,6 +24,7 @@ __all__ = [
     "AutoLayers",
     "Checkpointer",
     "DistributedOptimizer",
+    "LoadedBatches",
     "LossScaleOptimizer",
     "Precision",
     "RollbackPolicy",

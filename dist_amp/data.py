@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import tensorflow as tf
 
 from dist_amp.arrays import ArrayBatches
+from dist_amp.loading import LoadedBatches, as_tuple
 from dist_amp.stream import DatasetLike
 
 # A TFDS split of up to so many bytes is kept in memory and shuffled as a whole.
@@ -68,6 +69,7 @@ def split(
     class_weight: Mapping[int, float] | None = None,
     is_stacked: bool = False,
     pad_to: int | None = None,
+    load: Callable[..., Any] | None = None,
 ) -> tf.data.Dataset:
     """Cuts each global batch into the slices of this host's replicas.
 
@@ -87,62 +89,140 @@ def split(
             leaf `[num_batches, global_batch, ...]`; slices do so, too.
         pad_to: Rows that every slice is made to have, for devices that
             compile for one shape; not with `is_stacked`.
+        load: Makes of the rows of a slice what is described above, if the
+            dataset yields others: see `LoadedBatches`. Not with `is_stacked`,
+            nor `reduction="mean_with_sample_weight"`.
 
     Returns:
         A dataset of tuples of `Batch`, one for each local replica.
 
     Raises:
         ValueError: The batch size is known and is no multiple of the number
-            of replicas, or an element is not of the form above.
+            of replicas, an element is not of the form above, or `load`
+            cannot be had.
     """
     count = num_local_replicas or num_replicas
     if not is_stacked:
         _check_batch_size(batch_size_of(dataset), num_replicas)
-    class_table = _class_table(class_weight)
-
-    axis = 1 if is_stacked else 0  # of the examples
+    if load and reduction == "mean_with_sample_weight":
+        raise ValueError(
+            "`load` contradicts `reduction='mean_with_sample_weight'`, which "
+            "needs the weights of all examples: load whole batches."
+        )
+    cut = _Cut(
+        num_replicas,
+        range(first_replica, first_replica + count),
+        axis=1 if is_stacked else 0,
+        pad_to=pad_to,
+    )
+    shares = _Shares(reduction, _class_table(class_weight), cut.axis)
 
     @tf.autograph.experimental.do_not_convert
     def to_slices(*element: Any) -> tuple[Batch, ...]:
-        x, y, weight = _unpack(element)
-        size = _rows(x, axis)
-        batches = tf.shape(tf.nest.flatten(x)[0])[:axis]  # [] or [number]
-        # A batch without examples divides nothing, by one.
-        global_size = tf.fill(batches, tf.maximum(tf.cast(size, tf.float32), 1))
-        if weight is None:
-            weight = tf.ones([*tf.unstack(batches, axis), size], tf.float32)
-        weight = tf.cast(weight, tf.float32)
-        if weight.shape.rank == axis + 2 and weight.shape[-1] == 1:
-            weight = tf.squeeze(weight, axis=-1)
-        if class_table is not None:
-            weight = _times(weight, class_table, y, axis)
-        normalizer = global_size
-        if reduction == "mean_with_sample_weight":
-            normalizer = _total_weight(weight, axis)
-        if reduction != "sum":
-            ones = [1] * (weight.shape.rank - axis)
-            divisor = tf.reshape(
-                normalizer, [*tf.unstack(batches, axis), *ones]
-            )
-            weight = tf.math.divide_no_nan(weight, divisor)
-        replicas = range(first_replica, first_replica + count)
-        if pad_to is None:
-            slices = [
-                _rows_of_replica((x, y, weight), size, i, num_replicas, axis)
-                for i in replicas
-            ]
-        else:
-            slices = _padded_slices(
-                (x, y, weight), size, replicas, num_replicas, pad_to
-            )
-        return tuple(
-            Batch(x, y, weight, global_size, normalizer, *num_examples)
-            for x, y, weight, *num_examples in slices
-        )
+        if load:
+            return _loaded_slices(element, load, cut, shares)
+        return _slices(element, cut, shares)
 
     return dataset.map(
         to_slices, num_parallel_calls=None if is_stacked else _AUTOTUNE
     )
+
+
+class _Cut(NamedTuple):
+    """Where batches are cut: see `split`."""
+
+    num_replicas: int
+    replicas: range
+    axis: int  # of the examples
+    pad_to: int | None
+
+    def __call__(self, tensors: Any, size: tf.Tensor | int) -> list[Any]:
+        """A slice of `(x, y, weight)`, or four parts, for each replica."""
+        if self.pad_to is not None:
+            return _padded_slices(
+                tensors, size, self.replicas, self.num_replicas, self.pad_to
+            )
+        return [
+            _rows_of_replica(tensors, size, i, self.num_replicas, self.axis)
+            for i in self.replicas
+        ]
+
+
+class _Shares(NamedTuple):
+    """What each example weighs in the loss of a batch: see `split`."""
+
+    reduction: str
+    class_table: tf.Tensor | None
+    axis: int
+
+    def weights(self, x: Any, y: Any, weight: Any) -> tf.Tensor:
+        """Weights before the loss divides by anything."""
+        axis = self.axis
+        if weight is None:
+            shape = tf.shape(tf.nest.flatten(x)[0])[:axis]  # [] or [number]
+            rows = _rows(x, axis)
+            weight = tf.ones([*tf.unstack(shape, axis), rows], tf.float32)
+        weight = tf.cast(weight, tf.float32)
+        if weight.shape.rank == axis + 2 and weight.shape[-1] == 1:
+            weight = tf.squeeze(weight, axis=-1)
+        if self.class_table is not None:
+            weight = _times(weight, self.class_table, y, axis)
+        return weight
+
+    def divided(self, weight: tf.Tensor, normalizer: tf.Tensor) -> tf.Tensor:
+        """Weights by `[]` or `[num_batches]` numbers, unless the loss adds."""
+        if self.reduction == "sum":
+            return weight
+        numbers = tf.unstack(tf.shape(normalizer), self.axis)
+        ones = [1] * (weight.shape.rank - self.axis)
+        divisor = tf.reshape(normalizer, [*numbers, *ones])
+        return tf.math.divide_no_nan(weight, divisor)
+
+
+def _slices(
+    element: Sequence[Any], cut: _Cut, shares: _Shares
+) -> tuple[Batch, ...]:
+    x, y, weight = _unpack(element)
+    size = _rows(x, cut.axis)
+    batches = tf.shape(tf.nest.flatten(x)[0])[: cut.axis]  # [] or [number]
+    global_size = tf.fill(batches, _at_least_one(size))
+    weight = shares.weights(x, y, weight)
+    normalizer = global_size
+    if shares.reduction == "mean_with_sample_weight":
+        normalizer = _total_weight(weight, cut.axis)
+    weight = shares.divided(weight, normalizer)
+    return tuple(
+        Batch(x, y, weight, global_size, normalizer, *num_examples)
+        for x, y, weight, *num_examples in cut((x, y, weight), size)
+    )
+
+
+def _loaded_slices(
+    rows: tuple[Any, ...],
+    load: Callable[..., Any],
+    cut: _Cut,
+    shares: _Shares,
+) -> tuple[Batch, ...]:
+    """The same, of rows that are loaded when they are cut."""
+    size = _rows(rows, 0)
+    global_size = _at_least_one(size)
+
+    def slice_of(rows: Any, is_example: Any, *num_examples: Any) -> Batch:
+        x, y, weight = _unpack(as_tuple(load(*rows)))
+        weight = shares.divided(shares.weights(x, y, weight), global_size)
+        if num_examples:  # else all are
+            weight *= tf.reshape(
+                is_example, [-1] + [1] * (len(weight.shape) - 1)
+            )
+        return Batch(x, y, weight, global_size, global_size, *num_examples)
+
+    slices = cut((rows, None, tf.ones([size], tf.float32)), size)
+    return tuple(slice_of(rows, *rest) for rows, _, *rest in slices)
+
+
+def _at_least_one(size: tf.Tensor | int) -> tf.Tensor:
+    """A batch without examples divides nothing, by one."""
+    return tf.maximum(tf.cast(size, tf.float32), 1)
 
 
 def prepare_tfds(name: str, data_dir: str | None = None) -> Any:
@@ -316,6 +396,8 @@ def cast_inputs(dataset: DatasetLike, dtype: str) -> Any:
 
     if isinstance(dataset, tf.data.Dataset):
         return dataset.map(convert, num_parallel_calls=_AUTOTUNE)
+    if isinstance(dataset, LoadedBatches):
+        return dataset.map(convert)
     if isinstance(dataset, ArrayBatches):
         return dataset.map(
             lambda rows: (

@@ -7,11 +7,13 @@ replica a slice of always the same size.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from dist_amp import data
 from dist_amp.arrays import ArrayBatches
+from dist_amp.loading import LoadedBatches
 from dist_amp.stream import DatasetLike, one_pass, stacks_of
 
 
@@ -25,6 +27,10 @@ class Feed:
             its shapes do not tell how large a batch is.
         reduction: See `data.split`.
         class_weight: See `data.split`.
+
+    Attributes:
+        batches: What to read, and give to `split` or `open`: the dataset, or
+            the cheap batches of one that is loaded when it is cut.
 
     Raises:
         ValueError: The batches do not suit the strategy.
@@ -41,19 +47,20 @@ class Feed:
     ):
         self._strategy = strategy
         self._replica_ids = replica_ids
-        self._dataset = dataset
+        self.batches, self._load = _batches_and_load(dataset, reduction)
         self._reduction = reduction
         self._class_weight = class_weight
         self._is_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
         self._rows: int | None = None
         if self._is_tpu:
+            _check_shapes(one_pass(dataset))
             self._rows = self._rows_of_slice()
 
     def stacks(self, batches_per_step: int = 1) -> ArrayBatches | None:
         """The data, if the loop is to take several batches at a time."""
-        return (
-            None if self._is_tpu else stacks_of(self._dataset, batches_per_step)
-        )
+        if self._is_tpu or self._load:
+            return None
+        return stacks_of(self.batches, batches_per_step)
 
     def split(
         self, batches: tf.data.Dataset, *, is_stacked: bool = False
@@ -100,19 +107,19 @@ class Feed:
             class_weight=self._class_weight,
             is_stacked=is_stacked,
             pad_to=self._rows,
+            load=self._load,
         )
 
     def _rows_of_slice(self) -> int | None:
         """What a TPU's slices are padded to; None if all batches are full."""
-        first = one_pass(self._dataset)
+        first = one_pass(self.batches)
         has_many_hosts = self._strategy.extended.num_hosts > 1
-        if has_many_hosts and isinstance(self._dataset, tf.data.Dataset):
+        if has_many_hosts and isinstance(self.batches, tf.data.Dataset):
             raise ValueError(
                 "Each host of a TPU reads its own input, so `dataset` must be "
                 "a function of the pass that makes it there: `lambda number: "
                 "tf.data.TFRecordDataset(files)...batch(size)`."
             )
-        _check_shapes(first)
         if data.batch_size_of(first) is not None:
             return None
         batch = next(iter(first.take(1)), None)
@@ -120,6 +127,17 @@ class Feed:
             raise ValueError("The dataset is empty: it yields no batch.")
         size = tf.nest.flatten(batch)[0].shape[0]
         return -(-size // self._strategy.num_replicas_in_sync)
+
+
+def _batches_and_load(
+    dataset: DatasetLike, reduction: str
+) -> tuple[DatasetLike, Callable[..., Any] | None]:
+    """What to read, and how its slices are loaded, if they are to be."""
+    if not isinstance(dataset, LoadedBatches):
+        return dataset, None
+    if reduction == "mean_with_sample_weight":
+        return dataset.whole(), None
+    return dataset.batches, dataset.load
 
 
 def _check_shapes(dataset: tf.data.Dataset) -> None:

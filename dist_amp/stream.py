@@ -25,13 +25,20 @@ _log = logging.getLogger(__name__)
 UNKNOWN_DIMENSION = 32
 
 
-def length_of(dataset: tf.data.Dataset) -> int | None:
+class HasLength(Protocol):
+    """A dataset, or what has as many batches."""
+
+    def cardinality(self) -> Any:
+        """Batches; negative where TensorFlow cannot tell."""
+
+
+def length_of(dataset: HasLength) -> int | None:
     """Batches in the dataset; None where TensorFlow cannot tell."""
     cardinality = int(dataset.cardinality())
     return cardinality if cardinality >= 0 else None
 
 
-def is_infinite(dataset: tf.data.Dataset) -> bool:
+def is_infinite(dataset: HasLength) -> bool:
     """Whether the dataset repeats for ever."""
     return int(dataset.cardinality()) == tf.data.INFINITE_CARDINALITY
 
@@ -123,7 +130,7 @@ def _root_of(model: Any) -> Any:
 
 
 def agree_on_length(
-    dataset: tf.data.Dataset, length: int | None, gather: Gather | None
+    dataset: HasLength, length: int | None, gather: Gather | None
 ) -> tuple[int | None, bool]:
     """The batches that all workers take, and whether any has fewer.
 

@@ -25,6 +25,7 @@ from dist_amp.feed import Feed
 from dist_amp.fit import Fit, blame
 from dist_amp.gradient_log import GradientLog
 from dist_amp.layer_dtypes import switch
+from dist_amp.loading import LoadedBatches, first_pass
 from dist_amp.meter import Meter
 from dist_amp.metrics import MetricsLike, to_numbers
 from dist_amp.pace import Pace
@@ -152,7 +153,7 @@ class Trainer(Steps):
         epochs: int = 1,
         steps_per_epoch: int | None = None,
         steps_per_loop: int | str = "auto",
-        validation_data: tf.data.Dataset | None = None,
+        validation_data: DatasetLike | None = None,
         validation_steps: int | None = None,
         callbacks: Sequence[keras.callbacks.Callback] = (),
         checkpoint_dir: str | pathlib.Path | None = None,
@@ -176,7 +177,8 @@ class Trainer(Steps):
                 last batch is weighted rightly. Or a function of the pass over
                 the data (0, 1, ...; a scalar int64 tensor) that returns them:
                 to go on in pass 90 from a checkpoint, a dataset is read from
-                its start, a function from the start of pass 90.
+                its start, a function from the start of pass 90. In
+                `LoadedBatches` each worker loads only what it trains on.
             epochs: Epoch to stop at, counted from 0.
             steps_per_epoch: Updates in an epoch; by default one pass over the
                 dataset. Needed if the dataset repeats for ever.
@@ -257,7 +259,7 @@ class Trainer(Steps):
         return self.model.history
 
     def train_on(
-        self, dataset: tf.data.Dataset, *, num_steps: int = 1
+        self, dataset: DatasetLike, *, num_steps: int = 1
     ) -> dict[str, Any]:
         """Runs some updates and nothing else, for loops of your own.
 
@@ -274,19 +276,21 @@ class Trainer(Steps):
         """
         self.build(dataset)
         parts = self.optimizer.gradient_accumulation_steps or 1
-        iterator = iter(self.feed(dataset).open(lambda: dataset))
+        feed = self.feed(dataset)
+        iterator = iter(feed.open(lambda: one_pass(feed.batches)))
         logs = self._train_loop(
             iterator, tf.constant(num_steps), tf.constant(parts)
         )
         return to_numbers(logs)
 
     def evaluate(
-        self, dataset: tf.data.Dataset, *, steps: int | None = None
+        self, dataset: DatasetLike, *, steps: int | None = None
     ) -> dict[str, float]:
         """Returns the loss and the metrics, exact over every example.
 
         Args:
-            dataset: Global batches as in `fit`.
+            dataset: Global batches as in `fit`; of a function of the pass,
+                the first.
             steps: Batches to use; all by default.
 
         Raises:
@@ -298,9 +302,7 @@ class Trainer(Steps):
         assert results is not None  # it may not be stopped
         return results
 
-    def predict(
-        self, dataset: tf.data.Dataset, *, steps: int | None = None
-    ) -> Any:
+    def predict(self, dataset: DatasetLike, *, steps: int | None = None) -> Any:
         """What the model returns for every example, in the dataset's order.
 
         On any number of replicas and workers, whatever the size of the last
@@ -319,13 +321,16 @@ class Trainer(Steps):
             ValueError: The dataset is empty, repeats for ever and `steps` is
                 None, or the workers' differ in length.
         """
+        dataset = first_pass(dataset)
         _check_has_end(dataset, steps)
-        batches = dataset if steps is None else dataset.take(steps)
+        if steps is not None:
+            dataset = dataset.take(steps)
         with self._watched():
             if not self._is_built:  # metrics may wait for targets
                 with self.strategy.scope():
                     self._build_model(dataset)
-            iterator = iter(self.feed(batches).open(lambda: batches))
+            feed = self.feed(dataset)
+            iterator = iter(feed.open(lambda: one_pass(feed.batches)))
             count = functools.partial(counts_of, iterator)
             with self.beacon.phase("evaluation", count):
                 return joined(
@@ -455,7 +460,7 @@ class Trainer(Steps):
             `tf.TensorSpec`s; the size of a slice is None where it varies.
         """
         feed = self.feed(dataset)
-        return feed.split(one_pass(dataset)).element_spec[0]
+        return feed.split(one_pass(feed.batches)).element_spec[0]
 
     def untracked(self, dataset: DatasetLike) -> list[tf.Variable]:
         """Variables that the train step uses and `state` leaves out.
@@ -517,9 +522,9 @@ class Trainer(Steps):
 
     def _build_model(self, dataset: DatasetLike) -> tuple[Any, Any]:
         """Targets of zeros, and what the model returns for such inputs."""
-        first_pass = one_pass(dataset)
-        _check_dataset(first_pass)
-        spec = first_pass.element_spec
+        whole = one_pass(dataset)
+        _check_dataset(whole)
+        spec = whole.element_spec
         parts = spec if isinstance(spec, tuple) else (spec,)
         zeros = functools.partial(
             _zeros, has_fixed_size=_has_fixed_size(self.model)
@@ -550,9 +555,9 @@ class Trainer(Steps):
             return self._loop_over_stacks(spec).get_concrete_function()
         numbers = tf.constant(1), tf.constant(1)
         if self.is_on("TPU"):  # whose iterators are another type each
-            iterator = iter(feed.open(lambda: one_pass(dataset)))
+            iterator = iter(feed.open(lambda: one_pass(feed.batches)))
             return self._train_loop.get_concrete_function(iterator, *numbers)
-        spec = feed.split(one_pass(dataset)).element_spec
+        spec = feed.split(one_pass(feed.batches)).element_spec
         return self._train_loop.get_concrete_function(
             tf.data.IteratorSpec(spec), *numbers
         )
@@ -618,9 +623,10 @@ class Trainer(Steps):
         steps_per_epoch: int | None,
         class_weight: Mapping[int, float] | None,
     ) -> Stream:
+        feed = self.feed(dataset, class_weight=class_weight)
         return Stream(
-            dataset,
-            self.feed(dataset, class_weight=class_weight),
+            feed.batches,
+            feed,
             batches_per_step=self.optimizer.gradient_accumulation_steps or 1,
             steps_per_epoch=steps_per_epoch,
             gather=self._gather,
@@ -639,6 +645,8 @@ class Trainer(Steps):
             raise ValueError(f"`{name}` needs a `checkpoint_dir`.")
         if rollback is None:
             return
+        if isinstance(dataset, LoadedBatches):
+            dataset = dataset.batches
         if isinstance(dataset, tf.data.Dataset):
             raise ValueError(
                 "`rollback` reads batches a second time, and a dataset that "
@@ -786,11 +794,12 @@ class Trainer(Steps):
         )
 
     def _prepare_test(
-        self, dataset: tf.data.Dataset | None, steps: int | None
+        self, dataset: DatasetLike | None, steps: int | None
     ) -> Any:
         """What `_test` takes; None for no dataset."""
         if dataset is None:
             return None
+        dataset = first_pass(dataset)
         _check_has_end(dataset, steps)
         length = steps
         if steps is None:
@@ -798,8 +807,9 @@ class Trainer(Steps):
                 dataset, length_of(dataset), self._gather
             )
             if is_padded and length is not None:
-                dataset = padded(dataset, length)
-        return self.feed(dataset).open(lambda: dataset), length
+                dataset = dataset.apply(lambda some: padded(some, length))
+        feed = self.feed(dataset)
+        return feed.open(lambda: one_pass(feed.batches)), length
 
     def _test(
         self,
@@ -852,7 +862,9 @@ def _wrapped(
     )
 
 
-def _check_has_end(dataset: tf.data.Dataset, steps: int | None) -> None:
+def _check_has_end(
+    dataset: tf.data.Dataset | LoadedBatches, steps: int | None
+) -> None:
     if steps is None and is_infinite(dataset):
         raise ValueError(
             "`steps` is needed: the dataset repeats for ever "
