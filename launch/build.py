@@ -30,6 +30,7 @@ from dist_amp.callbacks import (
     describe_epoch,
 )
 from dist_amp.checkpoint import readable_size, whole_manifests
+from dist_amp.data_service import DataService
 from dist_amp.models import batch_norm
 from dist_amp.stream import DatasetLike, length_of, one_pass
 from launch.config import ConfigError, TrainConfig
@@ -278,6 +279,17 @@ def make_trainer(
         loss=make_loss(config, model),
         metrics=config.metrics,
         jit_compile=config.jit_compile,
+        data_service=_data_service(config),
+    )
+
+
+def _data_service(config: TrainConfig) -> DataService | None:
+    if config.data_service is None:
+        return None
+    return DataService(
+        config.data_service,
+        startup_timeout=config.startup_timeout,
+        timeout=config.collective_timeout,
     )
 
 
