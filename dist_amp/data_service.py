@@ -69,6 +69,11 @@ class _Head(NamedTuple):
 class DataService:
     """A tf.data service, as a training worker sees it.
 
+    What comes is what reading without it would give, bit for bit, in a
+    process that has not read the data before: a dataset that shuffles, and is
+    no function of the pass, begins its order anew at each reading. All of a
+    job's workers may use one service; it cuts for each.
+
     Args:
         address: "grpc://host:port" of its dispatcher, which must have been
             started with the addresses of all its workers.
