@@ -4,7 +4,9 @@ Every worker of the service goes through the same cheap batches, and cuts and
 loads only its share of them: of W workers each one takes every W-th. Here one
 batch of each is taken in turn, and a round of W is put in order by their
 numbers. Beside its number each has a hash of all cheap batches up to it, so
-that workers that do not see the same data are found out at once.
+that workers that do not see the same data are found out at once. Behind the
+last batch come empty ones without end, numbered and hashed alike: the end has
+come when each worker says so.
 """
 
 import contextlib
@@ -30,7 +32,6 @@ Cut = Callable[[tf.data.Dataset], tf.data.Dataset]
 _SECONDS_TO_CONNECT = 5.0
 _SECONDS_BETWEEN_TRIES = 0.5
 _HASHES = 2**62
-_NO_NUMBER = -1  # of what comes after the last batch
 _PYTHON = re.compile(r"(Eager)?PyFunc(Stateless)?")
 # Those of `tf.random.stateless_*` and `index_shuffle` draw by a seed.
 _RANDOM = re.compile(
@@ -54,14 +55,16 @@ class _Head(NamedTuple):
     """What travels with the slices of a batch, scalars int64.
 
     Attributes:
-        number: Of the batch, from 0; -1 after the last one.
+        number: Of the batch, from 0.
         stride: Workers of the service.
+        is_end: 1 behind the last batch, else 0.
         before: Hash of all cheap batches before this one,
         after: and with it.
     """
 
     number: Any
     stride: Any
+    is_end: Any
     before: Any
     after: Any
 
@@ -183,18 +186,18 @@ class DataService:
     def _rounds(
         self, numbered: tf.data.Dataset
     ) -> Iterator[tuple[tf.Tensor, ...]]:
-        number = hashed = 0
+        number = hashed = num_ends = 0
         with contextlib.ExitStack() as stack:
             reader, batches = self._first_round(numbered, stack)
-            while batches:
-                for head, leaves in batches:
+            while num_ends < reader.stride:
+                for head, leaves in batches or reader.take(self._timeout):
                     if (head.number, head.before) != (number, hashed):
                         raise self._out_of_order(number, head)
                     number, hashed = number + 1, head.after
-                    yield leaves
-                if len(batches) < reader.stride:
-                    return
-                batches = _sorted(reader.take(self._timeout))
+                    num_ends += head.is_end
+                    if not head.is_end:
+                        yield leaves
+                batches = []
 
     def _first_round(
         self, numbered: tf.data.Dataset, stack: contextlib.ExitStack
@@ -216,16 +219,14 @@ class DataService:
         """The first round; None if a worker was not in it."""
         left = max(_SECONDS_BETWEEN_TRIES, deadline - time.monotonic())
         try:
-            heads = reader.take(left)
+            found = reader.take(left)
         except DataServiceLostError as error:
             raise DataServiceError(
                 f"the data service at {self.address} gave no batch within "
                 f"{self._startup_timeout:g} s: its workers may not have come, "
                 "or its data may take longer to begin (--startup_timeout)."
             ) from error
-        found = _sorted(heads)
-        numbers = [head.number for head, _ in found]
-        if numbers == list(range(len(found))) and len(heads) == reader.stride:
+        if [head.number for head, _ in found] == list(range(reader.stride)):
             return found
         if time.monotonic() >= deadline:
             raise DataServiceError(
@@ -291,7 +292,7 @@ class _Reader:
         self._is_over.set()
 
     def take(self, timeout: float) -> list[tuple[_Head, Any]]:
-        """One batch of each worker, as they come.
+        """One batch of each worker, in order.
 
         Raises:
             DataServiceLostError: One did not come in so many seconds.
@@ -299,7 +300,7 @@ class _Reader:
         taken = [self._next(timeout)]
         self.stride = taken[0][0].stride
         taken += [self._next(timeout) for _ in range(self.stride - 1)]
-        return taken
+        return sorted(taken, key=lambda one: one[0].number)
 
     def _next(self, timeout: float) -> tuple[_Head, Any]:
         try:
@@ -343,12 +344,6 @@ class _Reader:
         )
 
 
-def _sorted(batches: Sequence[tuple[_Head, Any]]) -> list[tuple[_Head, Any]]:
-    """A round in its order, without what comes after the last batch."""
-    found = [one for one in batches if one[0].number != _NO_NUMBER]
-    return sorted(found, key=lambda one: one[0].number)
-
-
 # ------------------------------------------------------ what the service runs
 
 
@@ -357,27 +352,40 @@ def _numbered(
 ) -> tf.data.Dataset:
     """A worker's share of `(head, leaves)`; without end, as rounds need it."""
     hint = tf.data.experimental.SHARD_HINT
-    places = tf.data.Dataset.range(tf.int64.max).shard(hint, hint)
-    hashed = batches.enumerate().scan(tf.constant(0, tf.int64), _with_hashes)
+    places = tf.data.Dataset.range(tf.int64.max).shard(hint, hint).skip(1)
+    hashed = _endless(batches).enumerate()
+    hashed = hashed.scan(tf.constant(0, tf.int64), _with_hashes)
 
     @tf.autograph.experimental.do_not_convert
     def load(element: Any, next_number: tf.Tensor) -> Any:
-        number, before, after, batch = element
-        one = tf.data.Dataset.from_tensors(batch)
-        slices = cut(one).get_single_element()
-        leaves = tuple(x for x in tf.nest.flatten(slices) if x is not None)
-        return _Head(number, next_number - number, before, after), leaves
+        number, before, after, (is_end, batch) = element
+
+        def leaves() -> list[tf.Tensor]:
+            slices = cut(tf.data.Dataset.from_tensors(batch))
+            flat = tf.nest.flatten(slices.get_single_element())
+            return [leaf for leaf in flat if leaf is not None]
+
+        stride = next_number - number
+        return (
+            _Head(number, stride, tf.cast(is_end, tf.int64), before, after),
+            tuple(tf.cond(is_end, lambda: [*map(_empty, specs)], leaves)),
+        )
+
+    own = tf.data.Dataset.zip(hashed.shard(hint, hint), places)
+    return own.map(load, num_parallel_calls=tf.data.AUTOTUNE)
+
+
+def _endless(batches: tf.data.Dataset) -> tf.data.Dataset:
+    """`(is_end, batch)`: all batches, then empty ones for ever."""
+    spec = batches.element_spec
 
     @tf.autograph.experimental.do_not_convert
-    def end(pair: tf.Tensor) -> Any:
-        number = tf.constant(_NO_NUMBER, tf.int64)
-        head = _Head(number, pair[1] - pair[0], number, number)
-        return head, tuple(_placeholder(spec) for spec in specs)
+    def before_end(*batch: Any) -> Any:
+        return False, batch if isinstance(spec, tuple) else batch[0]
 
-    own = tf.data.Dataset.zip(hashed.shard(hint, hint), places.skip(1))
-    loaded = own.map(load, num_parallel_calls=tf.data.AUTOTUNE)
-    ends = places.batch(2, drop_remainder=True).take(1).map(end).repeat()
-    return loaded.concatenate(ends)
+    empty = tf.nest.map_structure(_empty, spec)
+    ends = tf.data.Dataset.from_tensors((True, empty)).repeat()
+    return batches.map(before_end).concatenate(ends)
 
 
 @tf.autograph.experimental.do_not_convert
@@ -393,11 +401,16 @@ def _with_hashes(before: tf.Tensor, element: Any) -> Any:
     return after, (number, before, after, batch)
 
 
-def _placeholder(spec: tf.TensorSpec) -> tf.Tensor:
-    shape = [size or 0 for size in spec.shape]
-    if spec.dtype == tf.string:
-        return tf.fill(shape, "")
-    return tf.zeros(shape, spec.dtype)
+def _empty(spec: Any) -> tf.Tensor | None:
+    """Of a static shape like this, with nothing where it varies."""
+    if not _is_dense(spec):
+        return None
+    if spec.shape.rank is None:
+        raise DataServiceError(
+            f"a data service takes tensors of a known rank. Received {spec}: "
+            "tell it (`tf.ensure_shape`), or leave out --data_service."
+        )
+    return tf.zeros([size or 0 for size in spec.shape], spec.dtype)
 
 
 def _is_dense(spec: Any) -> bool:

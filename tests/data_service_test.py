@@ -37,6 +37,8 @@ def start(num_workers):
 
 # For all tests that break none.
 servers_of = functools.cache(start)
+# Servers with clients that wait for more of them take long to end.
+incomplete = []
 
 
 def address_of(servers):
@@ -105,7 +107,7 @@ def fit(service, epochs=2, seed=0, **options):
         passes("train"),
         epochs=epochs,
         steps_per_loop=1,
-        validation_data=passes("test"),
+        validation_data=passes("test").map(lambda x, y: (x, y, None)),
         verbose=0,
         **options,
     )
@@ -206,6 +208,9 @@ def test_a_service_that_is_not_there_is_told_in_time():
         DataService("localhost:5050")
 
 
+as_text = tf.io.serialize_tensor
+
+
 def with_batches_of(change):
     return passes("test").map(
         lambda x, y: (tf.ensure_shape(change(x), x.shape), y)
@@ -239,8 +244,14 @@ def with_batches_of(change):
             lambda: with_batches_of(lambda x: tf.reshape(x, [-1, 7, 6])[:, 0]),
             "cannot load the data: Failed to get element",
         ),
+        (
+            lambda: passes("test").map(
+                lambda x, y: (x, tf.io.parse_tensor(as_text(y), y.dtype))
+            ),
+            "takes tensors of a known rank",
+        ),
     ],
-    ids=["python", "random", "differ", "broken"],
+    ids=["python", "random", "differ", "broken", "no rank"],
 )
 def test_data_that_would_be_other_data_is_an_error(make_dataset, text):
     with pytest.raises((DataServiceError, DataServiceLostError), match=text):
@@ -267,6 +278,7 @@ def test_training_waits_for_all_workers_of_the_service():
     dispatcher = program._dispatcher(0, addresses)
     here = f"127.0.0.1:{dispatcher.target.rpartition(':')[2]}"
     servers = [dispatcher]
+    incomplete.append(servers)
     with pytest.raises(DataServiceError, match=r"gave no batch within 0.1 s"):
         evaluated(passes("test"), service_at(servers, startup_timeout=0.1))
     servers.append(program._worker(here, addresses[1]))
@@ -285,24 +297,18 @@ def test_training_waits_for_all_workers_of_the_service():
     assert found == evaluated(passes("test"))
 
 
-@pytest.mark.parametrize(
-    ("num_lost", "text"),
-    [
-        (1, r"was lost: batch \d+ since its start did not come in its turn"),
-        (4, r"the data service .* (was lost|has given no batch for 1 s)"),
-    ],
-)
-def test_a_service_that_is_lost_ends_training(num_lost, text):
+def test_a_worker_that_is_lost_ends_training():
     """Servers end when nothing refers to them."""
     servers = start(3)
     trainer = support.make_trainer(
-        num_replicas=2, data_service=service_at(servers, timeout=1.0)
+        num_replicas=2, data_service=service_at(servers)
     )
 
     def lose(batch, logs):
         if batch == 1:
-            del servers[-num_lost:]
+            del servers[-1:]
 
+    text = r"was lost: batch \d+ since its start did not come in its turn"
     with pytest.raises(DataServiceLostError, match=text):
         trainer.fit(
             passes("train"),
