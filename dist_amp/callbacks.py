@@ -74,13 +74,14 @@ class JsonLines(keras.callbacks.Callback):
             if key.startswith("val_")
         }
         logs |= self._measure()
+        if "skipped_updates" in logs:  # Keras makes floats of counts
+            logs["skipped_updates"] = int(logs["skipped_updates"])
         logs = {k: v for k, v in logs.items() if not _is_unmeasured(k, v)}
         lines = [{**head, "split": "train", **logs, "time": time.time()}]
         if test:
             lines.append({**head, "split": "test", **test, "time": time.time()})
         for line in lines:
-            plain = {name: _plain(name, v) for name, v in line.items()}
-            self._waiting.append(json.dumps(plain) + "\n")
+            self._waiting.append(as_json(line) + "\n")
         self._next_epoch = epoch + 1
         self._write_waiting()
 
@@ -378,8 +379,22 @@ def _is_unmeasured(name: str, value: Any) -> bool:
     return name in MEASURED and isinstance(value, float) and math.isnan(value)
 
 
-def _plain(name: str, value: Any) -> Any:
-    """A value for JSON, which has no NaN; Keras makes floats of counts."""
+def as_json(values: Mapping[str, Any]) -> str:
+    """Numbers, arrays and texts as JSON; it has no NaN, so "nan" stands for it.
+
+    Args:
+        values: By name; may be nested.
+    """
+    return json.dumps(_plain(values), allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray | np.generic | tf.Tensor):
+        value = np.asarray(value).tolist()
+    if isinstance(value, Mapping):
+        return {name: _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
-    return int(value) if name == "skipped_updates" else value
+    return value

@@ -66,17 +66,21 @@ def explain(
         lambda: _setting(found),
         lambda: _replicas(found, reference),
         lambda: _states(found, reference),
+        lambda: _optimizer(found),
+        lambda: _extras(found),
+        lambda: _told_loss(found),
         lambda: _metrics(found),
         lambda: _random(reference, batches[0]),
         lambda: _mixing(reference, batches[0]),
         lambda: _mixing_loss(reference, batches[0]),
         lambda: _ratio(subject, records),
         lambda: _code(subject),
-        lambda: _partial(subject, batches),
+        lambda: _partial(subject, batches, found),
     )
     for rule in rules:
         try:
-            cause = rule()
+            with tf.device(reference.parts.devices[0]):
+                cause = rule()
         except (TypeError, ValueError, RuntimeError, tf.errors.OpError):
             continue  # a model that the rule was not made for
         if cause:
@@ -131,6 +135,42 @@ def _states(found: Sequence[Difference], reference: Subject) -> str | None:
     return (
         f"{name} is computed from each replica's own slice: all-reduce what "
         "is assigned to it"
+    )
+
+
+def _told_loss(found: Sequence[Difference]) -> str | None:
+    """The loss differs, and nothing that comes of its gradients."""
+    if {one.what for one in found} != {difference_lib.LOSS}:
+        return None
+    return (
+        "the loss that is told differs, the gradients do not: give "
+        "`self.metrics.update` this replica's part of the loss, as "
+        "`compute_loss` returns it"
+    )
+
+
+def _optimizer(found: Sequence[Difference]) -> str | None:
+    """The optimizer makes something else of the same gradients."""
+    first = found[0]
+    if first.what not in (difference_lib.OPTIMIZER, difference_lib.VARIABLE):
+        return None
+    is_slot = first.what == difference_lib.OPTIMIZER
+    whose = "the optimizer's variable" if is_slot else "the optimizer's step of"
+    return (
+        f"{whose} {first.name} depends on the number of replicas: compute it "
+        "from the gradients that `update_step` is given, which are summed "
+        "already"
+    )
+
+
+def _extras(found: Sequence[Difference]) -> str | None:
+    """Only what `Trainer.state` adds differs."""
+    if found[0].what != difference_lib.EXTRA:
+        return None
+    return (
+        f"{found[0].name} (of `Trainer.state`) depends on how a batch is "
+        "split: give each replica's part its share of the global batch "
+        "(`batch.weight`), and all-reduce the sum before it is assigned"
     )
 
 
@@ -358,8 +398,12 @@ def _code(subject: Subject) -> str | None:
     return None
 
 
-def _partial(subject: Subject, batches: Sequence[Any]) -> str | None:
+def _partial(
+    subject: Subject, batches: Sequence[Any], found: Sequence[Difference]
+) -> str | None:
     """A batch that the replicas cannot share equally."""
+    if difference_lib.GRADIENT not in {one.what for one in found}:
+        return None
     number = subject.variation.num_replicas
     sizes = [len(tf.nest.flatten(batch)[0]) for batch in batches]
     if all(size % number == 0 for size in sizes):
@@ -368,6 +412,39 @@ def _partial(subject: Subject, batches: Sequence[Any]) -> str | None:
         f"a batch of {sizes[0]} examples on {number} replicas is weighted "
         f"wrongly: {_where(subject)} averages over each replica's slice, whose "
         "sizes differ; take the sum weighted by `batch.weight`"
+    )
+
+
+def lacks_loss_scale(
+    record: Record, reference: Record, *, loss_scale: float
+) -> bool:
+    """Whether a step's gradients are of a loss that was not scaled.
+
+    The optimizer divides them by the loss scale all the same.
+
+    Args:
+        record: Of an update with that loss scale, or one near it.
+        reference: Of one without any, from the same weights.
+        loss_scale: Of the first one.
+    """
+    pairs = list(zip(record.gradients, reference.gradients, strict=True))
+    product = sum(float(np.sum(a * b)) for a, b in pairs)
+    square = sum(float(np.sum(b * b)) for _, b in pairs)
+    if not square or loss_scale < 2 * _NEAR:
+        return False
+    return 1 / _NEAR < product / square * loss_scale < _NEAR
+
+
+# A factor for rounding and for a scale that has just grown.
+_NEAR = 4.0
+
+
+def of_missing_scale(subject: Subject) -> str:
+    """The cause, where `lacks_loss_scale` says so."""
+    return (
+        f"{_where(subject)} does not scale the loss, and the optimizer divides "
+        "gradients by the loss scale: differentiate "
+        "`self.optimizer.scale_loss(loss)`"
     )
 
 

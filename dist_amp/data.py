@@ -7,14 +7,10 @@ gradient are plain sums over replicas, whatever the size of the last batch;
 a replica that gets no example at all adds zero.
 """
 
-import contextlib
-import fcntl
+import dataclasses
 import functools
-import importlib
 import itertools
-import math
-import pathlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import tensorflow as tf
@@ -23,10 +19,10 @@ from dist_amp.arrays import ArrayBatches
 from dist_amp.loading import LoadedBatches, as_tuple
 from dist_amp.stream import DatasetLike
 
-# A TFDS split of up to so many bytes is kept in memory and shuffled as a whole.
+# Data of up to so many bytes is kept in memory and shuffled as a whole.
 MAX_BYTES_IN_MEMORY = 2**30
 # Else as many examples are shuffled at a time.
-_SHUFFLE_BUFFER = 50_000
+SHUFFLE_BUFFER = 50_000
 
 _AUTOTUNE = tf.data.AUTOTUNE
 
@@ -128,7 +124,8 @@ def split(
     )
 
 
-class _Cut(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Cut:
     """Where batches are cut: see `split`."""
 
     num_replicas: int
@@ -148,7 +145,8 @@ class _Cut(NamedTuple):
         ]
 
 
-class _Shares(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Shares:
     """What each example weighs in the loss of a batch: see `split`."""
 
     reduction: str
@@ -225,86 +223,6 @@ def _at_least_one(size: tf.Tensor | int) -> tf.Tensor:
     return tf.maximum(tf.cast(size, tf.float32), 1)
 
 
-def prepare_tfds(name: str, data_dir: str | None = None) -> Any:
-    """The TFDS builder of a dataset, prepared in `data_dir` if need be.
-
-    Args:
-        name: TFDS name, say "mnist" or "cifar10:3.*.*"; "digits" is this
-            library's own and needs no network.
-        data_dir: Where TFDS keeps its data; `~/tensorflow_datasets` by
-            default.
-
-    Raises:
-        ValueError: The dataset has no supervised keys.
-    """
-    tfds = importlib.import_module("tensorflow_datasets")  # slow to import
-    tfds.disable_progress_bar()
-    if name.partition(":")[0] == "digits":
-        importlib.import_module("dist_amp.datasets.digits")  # registers it
-    builder = tfds.builder(name, data_dir=data_dir)
-    if not builder.data_path.exists():
-        with _one_process_at_a_time(str(builder.data_path)):
-            # Anew: another process may have prepared it meanwhile.
-            builder = tfds.builder(name, data_dir=data_dir)
-            builder.download_and_prepare()
-    if builder.info.supervised_keys is None:
-        raise ValueError(
-            f"TFDS dataset {name!r} has no supervised keys; write a function "
-            "that returns a tf.data.Dataset of (x, y) "
-            "(--dataset=module:function)."
-        )
-    return builder
-
-
-@contextlib.contextmanager
-def _one_process_at_a_time(data_path: str) -> Iterator[None]:
-    """Workers of one host, or on one disk, would break each other's files."""
-    if "://" in data_path:
-        yield
-        return
-    pathlib.Path(data_path).parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{data_path}.lock", "w") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def read_tfds(
-    builder: Any,
-    split: str,
-    *,
-    global_batch_size: int,
-    shuffle_seed: int | None = None,
-) -> DatasetLike:
-    """Global batches of `(x, y)`; images become float32 in [0, 1].
-
-    The order depends on the seed, the pass and the examples' indices only.
-
-    Args:
-        builder: From `prepare_tfds`.
-        split: TFDS split, say "train" or "test[:10%]".
-        global_batch_size: Examples in a batch; the last one may be smaller.
-        shuffle_seed: Shuffles, in another order each pass, the same for the
-            same seed; None keeps the order.
-
-    Returns:
-        Batches with a known length; if shuffled, a function of the pass.
-    """
-    examples = builder.as_dataset(split=split, as_supervised=True)
-    size = builder.info.splits[split].num_examples
-    if size * _bytes_of(examples.element_spec) <= MAX_BYTES_IN_MEMORY:
-        arrays = next(iter(examples.batch(size)))
-        make = from_arrays(arrays, global_batch_size, shuffle_seed)
-        scaled: Any = make.map(lambda rows: _scale_image(*rows))
-    else:
-        files = _from_files(examples, global_batch_size, shuffle_seed)
-
-        def scaled(number: tf.Tensor) -> tf.data.Dataset:
-            return files(number).map(_scale_image, num_parallel_calls=_AUTOTUNE)
-
-    return scaled(tf.constant(0, tf.int64)) if shuffle_seed is None else scaled
-
-
 def from_arrays(
     arrays: Any, global_batch_size: int, shuffle_seed: int | None = None
 ) -> ArrayBatches:
@@ -325,20 +243,6 @@ def from_arrays(
     return ArrayBatches(arrays, global_batch_size, shuffle_seed)
 
 
-def _from_files(
-    examples: tf.data.Dataset, global_batch_size: int, seed: int | None
-) -> Callable[[tf.Tensor], tf.data.Dataset]:
-    """The same for examples that do not fit in memory."""
-
-    def make(number: tf.Tensor) -> tf.data.Dataset:
-        dataset = examples
-        if seed is not None:
-            dataset = shuffled(dataset, seed_of_pass(seed, number))
-        return dataset.batch(global_batch_size)
-
-    return make
-
-
 def seed_of_pass(seed: int, number: tf.Tensor) -> tf.Tensor:
     """A seed for each pass over the data, scalar int64."""
     return tf.random.experimental.index_shuffle(
@@ -351,7 +255,7 @@ def seed_of_pass(seed: int, number: tf.Tensor) -> tf.Tensor:
 def shuffled(
     examples: tf.data.Dataset,
     seed: tf.Tensor,
-    buffer_size: int = _SHUFFLE_BUFFER,
+    buffer_size: int = SHUFFLE_BUFFER,
 ) -> tf.data.Dataset:
     """Shuffles examples that do not fit in memory, the same for the same seed.
 
@@ -365,16 +269,6 @@ def shuffled(
         # seed of 0 beside one that is a tensor.
         tf.random.set_seed(1)
     return examples.shuffle(buffer_size, seed=seed)
-
-
-def _bytes_of(spec: Any) -> float:
-    """Size of one example; infinite where its shape varies."""
-    return sum(
-        math.prod(leaf.shape) * leaf.dtype.size
-        if leaf.shape.is_fully_defined() and leaf.dtype.size
-        else math.inf
-        for leaf in tf.nest.flatten(spec)
-    )
 
 
 def cast_inputs(dataset: DatasetLike, dtype: str) -> Any:
@@ -407,30 +301,6 @@ def cast_inputs(dataset: DatasetLike, dtype: str) -> Any:
     return lambda number: dataset(number).map(
         convert, num_parallel_calls=_AUTOTUNE
     )
-
-
-def test_split_of(builder: Any) -> str | None:
-    """The split to evaluate on: "test", else "validation", else none."""
-    return next(
-        (
-            name
-            for name in ("test", "validation")
-            if name in builder.info.splits
-        ),
-        None,
-    )
-
-
-def num_classes_of(builder: Any) -> int | None:
-    """Number of classes of the label; None if it is no class."""
-    label = builder.info.features[builder.info.supervised_keys[1]]
-    return getattr(label, "num_classes", None)
-
-
-def _scale_image(x: tf.Tensor, y: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    if x.dtype == tf.uint8:
-        x = tf.cast(x, tf.float32) / 255.0
-    return x, y
 
 
 def batch_size_of(dataset: tf.data.Dataset) -> int | None:

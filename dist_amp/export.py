@@ -84,8 +84,8 @@ def export(
             precision stay so, and normalization keeps its weights in float32.
 
     Raises:
-        ValueError: An argument is none of these, or Keras cannot make the
-            model from its configuration.
+        ValueError: An argument is none of these, Keras cannot make the model
+            from its configuration, or a `.keras` file would need this library.
 
     Example:
     >>> import tempfile
@@ -96,6 +96,8 @@ def export(
     'bfloat16'
     """
     _check(str(path), format, dtype)
+    if format == "keras":
+        _check_layers(model)
     try:
         made = remade(model, dtype)
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -245,6 +247,22 @@ def _check(path: str, format: str, dtype: str) -> None:
         raise ValueError(
             "`path` must end in .keras with format='keras', and only then. "
             f"Received {path!r} with {format!r} (--output, --format)."
+        )
+
+
+def _check_layers(model: keras.Model) -> None:
+    """Whether Keras alone can load the model."""
+    package = __name__.partition(".")[0]
+    ours = {
+        type(layer).__name__
+        for layer in layers_of(model)
+        if type(layer).__module__.partition(".")[0] == package
+    }
+    if ours:
+        raise ValueError(
+            f"A .keras file of this model needs {package}, for its layers "
+            f"{', '.join(sorted(ours))}: export it as a SavedModel, which "
+            "needs no code (--format=saved_model)."
         )
 
 

@@ -145,6 +145,14 @@ class Fit:
         _, per_step = self._stream.next_call(1)
         return self._stream.peek(per_step)
 
+    def take_rollbacks(self, state: Mapping[str, Any]) -> None:
+        """Does as the run that saved this later on; see `Trainer`."""
+        self._stream.bad = [tuple(entry) for entry in state["bad_batches"]]
+        later = state["position"]["rollbacks"]
+        if self._rollback:
+            self._lower(self._rollback, later - self.position.rollbacks)
+        self.position.rollbacks = later
+
     def expect_trace(self) -> None:
         """The next call will trace the loop anew: it takes its time."""
         self._pace.is_traced = False

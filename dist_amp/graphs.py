@@ -25,7 +25,8 @@ def operations(graph: tf.Graph) -> Iterator[tuple[tf.Operation, int | None]]:
 
     Yields:
         The operation, and how often it runs in one call of the graph; both
-        branches of a condition count. None in a loop of unknown length.
+        branches of a condition count. None in a loop of unknown length. What
+        nothing needs does not run: say the gradient of a model's input.
     """
     yield from _operations(graph, 1)
 
@@ -33,27 +34,52 @@ def operations(graph: tf.Graph) -> Iterator[tuple[tf.Operation, int | None]]:
 def _operations(
     graph: tf.Graph, times: int | None
 ) -> Iterator[tuple[tf.Operation, int | None]]:
-    for op in graph.get_operations():
+    for op in _needed(graph):
         yield op, times
         inner_times = times
         if op.type in _LOOPS:
-            # TensorFlow's loops carry the greatest number of rounds.
-            rounds = tf.get_static_value(op.inputs[1])
-            is_known = rounds is not None and rounds >= 0
+            rounds = _rounds(op)
             inner_times = None
-            if times is not None and is_known:
-                inner_times = times * int(rounds)
-        for name in _called(op):
-            inner: Any = graph._get_function(name)
-            if getattr(inner, "graph", None) is not None:
-                yield from _operations(inner.graph, inner_times)
+            if times is not None and rounds is not None:
+                inner_times = times * rounds
+        for inner in _called(op):
+            yield from _operations(inner, inner_times)
 
 
-def _called(op: tf.Operation) -> Iterator[str]:
+def _needed(graph: tf.Graph) -> list[tf.Operation]:
+    """The operations that a call runs, each after its inputs.
+
+    Those that its results or its effects depend on.
+    """
+    if not hasattr(graph, "control_outputs"):  # no function's
+        return list(graph.get_operations())
+    found: set[str] = set()
+    ahead = [*(t.op for t in graph.outputs), *graph.control_outputs]
+    while ahead:
+        op = ahead.pop()
+        if op.name not in found:
+            found.add(op.name)
+            ahead += [tensor.op for tensor in op.inputs]
+            ahead += op.control_inputs
+    return [op for op in graph.get_operations() if op.name in found]
+
+
+def _rounds(op: tf.Operation) -> int | None:
+    """The greatest number of rounds of a loop, which TensorFlow's carry."""
+    rounds = tf.get_static_value(op.inputs[1])
+    return int(rounds) if rounds is not None and rounds >= 0 else None
+
+
+def _called(op: tf.Operation) -> Iterator[tf.Graph]:
+    """The graphs of the functions that an operation calls."""
     for value in op.node_def.attr.values():
+        names = [function.name for function in value.list.func]
         if value.HasField("func"):
-            yield value.func.name
-        yield from (function.name for function in value.list.func)
+            names.append(value.func.name)
+        for name in names:
+            inner: Any = op.graph._get_function(name)
+            if getattr(inner, "graph", None) is not None:
+                yield inner.graph
 
 
 def flops_of(graph: tf.Graph) -> tuple[int, int]:
@@ -80,23 +106,42 @@ def kept_bytes(graph: tf.Graph) -> int:
     """What the forward pass leaves in memory for the backward pass.
 
     Every result of it that an operation of a gradient tape reads, once;
-    variables, constants and arguments are there anyway.
+    variables, constants and arguments are there anyway. A loop keeps its
+    results of every round; one of unknown length counts as one round.
     """
     kept: dict[Any, int] = {}
-    backward: set[str] = set()  # an operation comes after its inputs
-    for op in graph.get_operations():
+    backward: set[str] = set()
+    in_loops = 0
+    for op in _needed(graph):
         is_of_tape = _TAPE in op.name
         if is_of_tape or any(t.op.name in backward for t in op.inputs):
             backward.add(op.name)
+        if op.type in _LOOPS and op.name not in backward:
+            in_loops += _kept_in_loop(op)
         if not is_of_tape or op.type in _READ_ONLY_SHAPES:
             continue
         for tensor in op.inputs:
             source = _behind_views(tensor)
             if source.op.name in backward or source.op.type in _THERE_ANYWAY:
                 continue
-            elements = source.shape.num_elements()
-            kept[source.ref()] = (elements or 0) * source.dtype.size
-    return sum(kept.values())
+            kept[source.ref()] = _size_of(source)
+    return sum(kept.values()) + in_loops
+
+
+def _kept_in_loop(loop: tf.Operation) -> int:
+    """What TensorFlow puts on stacks for the way back, in all rounds."""
+    pushed = [
+        op.inputs[1]
+        for body in _called(loop)
+        for op in _needed(body)
+        if op.type == "TensorListPushBack"
+    ]
+    return sum(map(_size_of, pushed)) * (_rounds(loop) or 1)
+
+
+def _size_of(tensor: tf.Tensor) -> int:
+    """Bytes; 0 where the shape is unknown, or the tensor is a handle."""
+    return (tensor.shape.num_elements() or 0) * tensor.dtype.size
 
 
 _TAPE = "gradient_tape/"

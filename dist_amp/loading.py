@@ -109,7 +109,7 @@ class LoadedBatches:
                 lambda loaded: _with_rows(loaded, size), self._load(*rows)
             )
         made = self._load.get_concrete_function(*rows).structured_outputs
-        if not all(isinstance(one, tf.Tensor) for one in tf.nest.flatten(made)):
+        if not all(map(_has_rank, tf.nest.flatten(made))):
             return self._load(*rows)  # ragged, say, or None
         spec = tf.nest.map_structure(tf.TensorSpec.from_tensor, made)
         return tf.cond(
@@ -156,8 +156,12 @@ def _of_pass(dataset: DatasetLike, number: tf.Tensor) -> tf.data.Dataset:
     return dataset(number)
 
 
+def _has_rank(value: Any) -> bool:
+    return isinstance(value, tf.Tensor) and value.shape.rank is not None
+
+
 def _with_rows(loaded: Any, size: int) -> Any:
     """With the size in the static shape, which a TPU needs."""
-    if not isinstance(loaded, tf.Tensor) or loaded.shape.rank is None:
+    if not _has_rank(loaded):
         return loaded
     return tf.ensure_shape(loaded, [size, *loaded.shape[1:]])

@@ -29,6 +29,7 @@ MEASURED = (
     "input_wait",
     "all_reduce_share",
     "mfu",
+    "memory_bytes",
     "peak_memory_bytes",
 )
 # Bars of the histogram of step times to a factor of e: 1% of a time each.

@@ -34,8 +34,10 @@ class Plan:
         uncounted_products: Products that run an unknown number of times, in
             loops, and are not in `flops`.
         parameter_bytes: Of the model's variables, on each replica.
-        optimizer_bytes: Of the optimizer's variables, likewise.
-        gradient_bytes: Of all gradients, likewise.
+        optimizer_bytes: Of the optimizer's variables, likewise; with an
+            "int8" wire also of what gradients have lost on their way.
+        gradient_bytes: Of all gradients, likewise; those of embeddings count
+            as if every row had one.
         activation_bytes: What the forward pass leaves for the backward pass,
             likewise, if nothing is computed twice or fused away.
         all_reduce_bytes: What each replica puts into all-reduces in a step.
@@ -83,8 +85,8 @@ class TpuPlan:
             does not tell of a step that does not fit.
         compile_secs: That the compilation took here.
         compiled: Of a step that fits.
-        largest_per_replica_batch_size: That fits, within a sixteenth; None
-            if it was not searched for.
+        largest_per_replica_batch_size: That fits, within a sixteenth; 0 if
+            not even one example does, None if it was not searched for.
     """
 
     topology: str
@@ -122,6 +124,9 @@ def make(
     flops, uncounted = graphs.flops_of(step.graph)
     model, optimizer = trainer.model, trainer.optimizer
     gradients = memory.bytes_of(model.trainable_variables)
+    state = memory.bytes_of(optimizer.variables)
+    if wire_dtype == "int8" and num_replicas > 1:
+        state += gradients  # what each replica still owes, in float32
     reduced = 0
     if program is not None:
         reduced = program.all_reduce_bytes
@@ -137,7 +142,7 @@ def make(
         flops=flops * num_replicas * parts,
         uncounted_products=uncounted,
         parameter_bytes=memory.bytes_of(model.variables),
-        optimizer_bytes=memory.bytes_of(optimizer.variables),
+        optimizer_bytes=state,
         gradient_bytes=gradients,
         activation_bytes=graphs.kept_bytes(step.graph),
         all_reduce_bytes=reduced,
@@ -212,8 +217,8 @@ def make_for_tpu(
     return dataclasses.replace(found, largest_per_replica_batch_size=largest)
 
 
-def _largest(attempt: Any, size: int, first: TpuPlan) -> int | None:
-    """The largest batch that fits; None if not even one example does.
+def _largest(attempt: Any, size: int, first: TpuPlan) -> int:
+    """The largest batch that fits; 0 if not even one example does.
 
     What a step takes grows in a line with the batch, so that two sizes tell
     where the limit is; the compiler has the last word.
@@ -227,7 +232,7 @@ def _largest(attempt: Any, size: int, first: TpuPlan) -> int | None:
             break
         size = _next_size(sizes, low, high)
         sizes[size] = attempt(size)
-    return max((n for n, plan in sizes.items() if plan.fits), default=None)
+    return max((n for n, plan in sizes.items() if plan.fits), default=0)
 
 
 def _next_size(sizes: dict[int, TpuPlan], low: int, high: int | None) -> int:

@@ -232,13 +232,44 @@ def scope(
         _current.reset(token)
 
 
+_REWRITES = {
+    ("graph_float16", "GPU"): "auto_mixed_precision",
+    ("graph_bfloat16", "CPU"): "auto_mixed_precision_onednn_bfloat16",
+}
+
+
+@contextlib.contextmanager
+def keep_rewrites(*, turned_off: bool = False) -> Iterator[None]:
+    """Leaves Grappler's rewrites, on exit, as they were.
+
+    A function that was optimized with another choice is so anew when it is
+    next called.
+
+    Args:
+        turned_off: Whether there are none within.
+    """
+    before = _rewrites()
+    try:
+        if turned_off:
+            _set_rewrites(dict.fromkeys(before, False))
+        yield
+    finally:
+        _set_rewrites(before)
+
+
+def _rewrites() -> dict[str, bool]:
+    options = tf.config.optimizer.get_experimental_options()
+    return {name: options.get(name, False) for name in _REWRITES.values()}
+
+
+def _set_rewrites(options: dict[str, bool]) -> None:
+    if options != _rewrites():  # else all functions would be optimized anew
+        tf.config.optimizer.set_experimental_options(options)
+
+
 def _enable_rewrite(precision: Precision, device: str) -> None:
     """Turns on the Grappler pass for these devices, or says there is none."""
-    passes = {
-        ("graph_float16", "GPU"): "auto_mixed_precision",
-        ("graph_bfloat16", "CPU"): "auto_mixed_precision_onednn_bfloat16",
-    }
-    option = passes.get((precision.name, device))
+    option = _REWRITES.get((precision.name, device))
     if option is None:
         raise ValueError(
             f"`precision={precision.name}` cannot run here: Grappler rewrites "

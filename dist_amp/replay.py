@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -19,6 +19,7 @@ import tensorflow as tf
 
 from dist_amp import data, numerics, reduction, storage
 from dist_amp import strategy as strategy_lib
+from dist_amp.rollback import RollbackPolicy
 from dist_amp.stream import DatasetLike
 from dist_amp.trainer import Trainer
 
@@ -59,16 +60,30 @@ class Replay:
         return any(self.replicas)
 
 
-def newest_before(directory: str, step: int) -> tuple[str, int] | None:
-    """The newest checkpoint from before an update, with its step.
+def newest_before(directory: str, step: int) -> str | None:
+    """The newest whole checkpoint from before an update.
 
     Args:
         directory: Of the checkpoints.
         step: Of training, from 1.
     """
-    found = {storage.step_of(path): path for path in storage.find(directory)}
-    before = [number for number in found if number < step]
-    return (found[max(before)], max(before)) if before else None
+    found = reversed(storage.find(directory))
+    before = (path for path in found if storage.step_of(path) < step)
+    return next(filter(_is_whole, before), None)
+
+
+def _oldest_from(directory: str, step: int) -> str | None:
+    """The first whole checkpoint that an update is in."""
+    found = storage.find(directory)
+    after = (path for path in found if storage.step_of(path) >= step)
+    return next(filter(_is_whole, after), None)
+
+
+def _is_whole(path: str) -> bool:
+    try:
+        return storage.check(path) is not None
+    except storage.DamagedError:
+        return False
 
 
 def replay(
@@ -80,8 +95,13 @@ def replay(
     epochs: int | None = None,
     steps_per_epoch: int | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
+    validation_data: tf.data.Dataset | None = None,
+    rollback: RollbackPolicy | None = None,
 ) -> Replay:
     """Goes to an update of a run and looks at it.
+
+    Where the run went back and passed over batches, so does this: as the next
+    checkpoint tells, or, if there is none, by the run's policy.
 
     Args:
         trainer: As in the run, new: it trains up to the update.
@@ -92,16 +112,20 @@ def replay(
         epochs: As in the run.
         steps_per_epoch: As in the run.
         callbacks: Of the run, those that change the training.
+        validation_data: As in the run, if a callback goes by its results.
+        rollback: As in the run.
 
     Raises:
         ValueError: The run is not that long, or the step takes no batch.
     """
     found = newest_before(checkpoint_dir, step) if checkpoint_dir else None
-    arrival = _Arrival(trainer, step - 1)
+    later = _oldest_from(checkpoint_dir, step) if checkpoint_dir else None
+    arrival = _Arrival(
+        trainer, step - 1, storage.read_state(later) if later else None
+    )
     with tempfile.TemporaryDirectory() as folder:
         if found:
-            name = os.path.basename(found[0])
-            _copy(found[0], os.path.join(folder, name))
+            _copy(found, os.path.join(folder, os.path.basename(found)))
         with contextlib.suppress(_ArrivedError):
             trainer.fit(
                 dataset,
@@ -109,6 +133,8 @@ def replay(
                 steps_per_epoch=steps_per_epoch,
                 steps_per_loop=1,
                 callbacks=[*callbacks, arrival],
+                validation_data=validation_data,
+                rollback=rollback,
                 checkpoint_dir=folder,
                 verbose=0,
             )
@@ -127,17 +153,30 @@ class _ArrivedError(Exception):
 class _Arrival(keras.callbacks.Callback):
     """Takes the batches of an update before it is made.
 
+    Args:
+        trainer: Of the fit.
+        step: Updates before that one.
+        later: What the run's next checkpoint tells.
+
     Attributes:
         batches: Of the update; a slice for each replica of each.
         place: Epoch, and batch of it, from 0.
     """
 
-    def __init__(self, trainer: Trainer, step: int):
+    def __init__(
+        self, trainer: Trainer, step: int, later: Mapping[str, Any] | None
+    ):
         super().__init__()
         self._trainer = trainer
         self._step = step
+        self._later = later
         self.batches: list[tuple[data.Batch, ...]] = []
         self.place = (0, 0)
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Does as the run did after the checkpoint, if a later one tells."""
+        if self._later:
+            self._trainer.take_rollbacks(self._later)
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         """Ends the fit there; not where data of unknown length have ended."""

@@ -1,7 +1,7 @@
 """A training that is watched step by step, to be compared with another one."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -11,9 +11,13 @@ import tensorflow as tf
 from dist_amp import precision as precision_lib
 from dist_amp import random_state
 from dist_amp import strategy as strategy_lib
+from dist_amp import wire as wire_lib
+from dist_amp.auto_layers import pin_as_saved
+from dist_amp.layer_tree import LayerTree
 from dist_amp.metrics import MetricsLike
 from dist_amp.optimizer import (
     DistributedOptimizer,
+    LossScaleOptimizer,
     layers_of,
     wrap_optimizer,
 )
@@ -39,16 +43,27 @@ class Parts:
         optimizer_fn: Makes the Keras optimizer, wrapped or not.
         loss: As in `Trainer`.
         metrics: As in `Trainer`.
-        trainer: The class, `Trainer` or one that overrides its steps.
+        trainer: Makes a `Trainer`, or one that overrides its steps.
         seed: Of weights.
+        precision: The one that is verified; the optimizer is made for it in
+            every variation, since its arguments may be for it alone.
+        devices: One for each replica, as many as the largest number takes.
+        pinned: Layers that compute in float32, as `AutoLayers.get_state`
+            tells them; None: as the model has it.
+        first_scale: The loss scale that `AutoLayers` chose; None: the
+            optimizer's own.
     """
 
     model_fn: Callable[[], keras.Model]
     optimizer_fn: Callable[[], keras.optimizers.Optimizer]
     loss: Any
     metrics: MetricsLike
-    trainer: type[Trainer]
+    trainer: Callable[..., Trainer]
     seed: int
+    precision: str
+    devices: Sequence[str]
+    pinned: dict[str, Any] | None = None
+    first_scale: float | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,11 +71,12 @@ class Variation:
     """How a training differs from the plain one on one device.
 
     Attributes:
-        num_replicas: Logical CPUs or GPUs.
+        num_replicas: How many of the devices are used.
         precision: As in `dist_amp.scope`.
         jit_compile: As in `Trainer`.
         accumulation: Batches of an update; None: as the optimizer has it.
-        loss_scale: As in `wrap_optimizer`.
+        loss_scale: "auto": as the optimizer has it; "dynamic": that, or a
+            dynamic one if it has none; None: none.
         overflows: Whether the last replica's gradients can be made infinite.
     """
 
@@ -68,7 +84,7 @@ class Variation:
     precision: str = "float32"
     jit_compile: bool = False
     accumulation: int | None = None
-    loss_scale: str | float | None = "auto"
+    loss_scale: str | None = "auto"
     overflows: bool = False
 
 
@@ -77,23 +93,29 @@ class Record:
     """What one update did.
 
     Attributes:
-        loss: Of its global batch.
+        loss: Of its global batch; NaN if a replica's part was not finite.
         metrics: Of its global batch.
+        num_examples: In it.
         settings: Learning rate, loss scale, skipped updates.
         gradients: Reduced and unscaled, as they reach the inner optimizer, by
             trainable variable; those of the last update that was applied.
         trainable: After the update, by variable, a copy for each replica.
         others: The model's other variables, likewise.
-        optimizer: The optimizer's variables, likewise.
+        optimizer: The optimizer's variables, likewise, but the rate.
+        extras: What else `Trainer.state` holds, likewise.
+        is_skipped: Whether the loss scale had this update skipped.
     """
 
     loss: float
     metrics: dict[str, Any]
+    num_examples: float
     settings: dict[str, float]
     gradients: list[np.ndarray]
     trainable: list[list[np.ndarray]]
     others: list[list[np.ndarray]]
     optimizer: list[list[np.ndarray]]
+    extras: list[list[np.ndarray]]
+    is_skipped: bool
 
 
 class Subject:
@@ -123,9 +145,10 @@ class Subject:
         keras.utils.set_random_seed(parts.seed)
         # Not 0, with which `shuffle(n, seed=number)` fails (TensorFlow 2.21).
         tf.random.set_seed(parts.seed + 1)
-        self.strategy = make_strategy(variation.num_replicas)
+        self.strategy = make_strategy(parts.devices[: variation.num_replicas])
         with precision_lib.scope(self.strategy, variation.precision):
             model = parts.model_fn()
+        with precision_lib.scope(self.strategy, parts.precision):
             optimizer = _make_optimizer(parts.optimizer_fn(), variation)
         self.trainer = parts.trainer(
             model,
@@ -137,6 +160,8 @@ class Subject:
         self._overflow = self._watch_apply() if variation.overflows else None
         self.trainer.build(self.dataset([]))
         self.turned_off = turn_off_noise(self.trainer.model)
+        self._pin()
+        self.extras = list(self._find_extras())
         self._probes = self._watch_gradients() if records else []
 
     @property
@@ -164,10 +189,12 @@ class Subject:
         if self._overflow is not None:
             self._overflow.assign(float(overflows))
         self.trainer.metrics.reset()
+        skipped = self.num_skipped
         logs = self.trainer.train_on(self.dataset(batches))
         return Record(
-            loss=logs["loss"],
+            loss=float("nan") if logs["nonfinite_losses"] else logs["loss"],
             metrics={k: v for k, v in logs.items() if k not in _NOT_METRICS},
+            num_examples=float(logs["examples"]),
             settings={
                 name: float(logs[name])
                 for name in ("learning_rate", "loss_scale", "skipped_updates")
@@ -175,8 +202,40 @@ class Subject:
             gradients=[_copies(probe)[0] for probe in self._probes],
             trainable=_all_copies(self.trainer.model.trainable_variables),
             others=_all_copies(self.others),
-            optimizer=_all_copies(self.trainer.optimizer.variables),
+            optimizer=_all_copies(self.slots),
+            extras=_all_copies([variable for _, variable in self.extras]),
+            is_skipped=self.num_skipped > skipped,
         )
+
+    @property
+    def num_skipped(self) -> int:
+        """Updates that were skipped so far."""
+        skipped = self.trainer.optimizer.skipped_updates
+        return int(tf.convert_to_tensor(skipped))
+
+    @property
+    def slots(self) -> list[keras.Variable]:
+        """The optimizer's variables, but the rate: a setting."""
+        optimizer = self.trainer.optimizer
+        rate = optimizer.learning_rate
+        return [v for v in optimizer.variables if v is not rate]
+
+    def owners_of_slots(self) -> list[int | None]:
+        """For each of `slots` the number of the trainable variable it is for.
+
+        Keras' optimizers keep a kind of slots in a list as long as that of
+        the variables they were built with.
+        """
+        number = len(self.trainer.model.trainable_variables)
+        optimizer = self.trainer.optimizer
+        owners = {
+            id(slot): index
+            for one in (optimizer, optimizer.inner_optimizer)
+            for slots in vars(one).values()
+            if isinstance(slots, list) and len(slots) == number
+            for index, slot in enumerate(slots)
+        }
+        return [owners.get(id(slot)) for slot in self.slots]
 
     @property
     def others(self) -> list[keras.Variable]:
@@ -192,7 +251,7 @@ class Subject:
 
     def paths(self) -> list[str]:
         """What the values of `state` are called."""
-        return [variable.path for variable in self._stateful()]
+        return [path_of(variable) for variable in self._stateful()]
 
     def state(self) -> list[np.ndarray]:
         """Replica 0's values of all that is trained or counted."""
@@ -214,13 +273,43 @@ class Subject:
             variable.assign(_copies(source)[0])
 
     def _stateful(self) -> list[Any]:
-        optimizer = self.trainer.optimizer
-        rate = optimizer.learning_rate  # a setting, which may differ
         return [
             *self.trainer.model.trainable_variables,
             *self.others,
-            *(v for v in optimizer.variables if v is not rate),
+            *self.slots,
+            *(variable for _, variable in self.extras),
         ]
+
+    def _find_extras(self) -> Iterator[tuple[str, Any]]:
+        """What a class adds to `Trainer.state`, with the name of its group."""
+        trainer = self.trainer
+        known = {
+            id(variable)
+            for variables in (
+                trainer.model.variables,
+                trainer.optimizer.variables,
+                random_state.variables_of(trainer.model),
+            )
+            for variable in variables
+        }
+        for group, variables in trainer.state().items():
+            for variable in variables:
+                is_random = variable.name.partition(":")[0] in _GENERATORS
+                if id(variable) not in known and not is_random:
+                    known.add(id(variable))
+                    yield group, variable
+
+    def _pin(self) -> None:
+        """Has the layers in float32 that `AutoLayers` chose."""
+        if self.variation.precision != "auto_layers":
+            return
+        if self.parts.pinned is not None:
+            saved = [("AutoLayers", self.parts.pinned)]
+            pin_as_saved(self.trainer, {"callbacks": saved})
+        optimizer = self.trainer.optimizer
+        has_scale = isinstance(optimizer, LossScaleOptimizer)
+        if has_scale and self.parts.first_scale is not None:
+            optimizer.set_loss_scale(self.parts.first_scale)
 
     # ------------------------------------------------------------- watching
 
@@ -267,22 +356,27 @@ class Subject:
         return flag
 
 
-def make_strategy(num_replicas: int) -> tf.distribute.Strategy:
-    """One device, or several of this host: GPUs if there are enough.
+def find_devices(num_replicas: int) -> list[str]:
+    """Devices of one kind for so many replicas: GPUs if there are enough.
 
     Raises:
         ValueError: There are not so many logical devices.
     """
-    if num_replicas == 1:
-        return strategy_lib.make_strategy("one_device")
-    devices = strategy_lib.find_devices()
-    if len(devices) < num_replicas:
-        devices = strategy_lib.find_devices(
-            [f"CPU:{i}" for i in range(num_replicas)]
-        )
-    return strategy_lib.make_strategy(
-        "mirrored", devices=devices[:num_replicas]
-    )
+    found = strategy_lib.find_devices()
+    if found[0].startswith("GPU") and len(found) >= num_replicas:
+        return found[:num_replicas]
+    return strategy_lib.find_devices([f"CPU:{i}" for i in range(num_replicas)])
+
+
+def make_strategy(devices: Sequence[str]) -> tf.distribute.Strategy:
+    """A replica on each of some devices of this host."""
+    kind = "one_device" if len(devices) == 1 else "mirrored"
+    return strategy_lib.make_strategy(kind, devices=devices)
+
+
+def path_of(variable: Any) -> str:
+    """What a variable of Keras or of TensorFlow is called."""
+    return getattr(variable, "path", None) or variable.name.partition(":")[0]
 
 
 def turn_off_noise(model: keras.Model) -> list[str]:
@@ -291,7 +385,7 @@ def turn_off_noise(model: keras.Model) -> list[str]:
     Returns:
         Paths of the layers that had any.
     """
-    found = []
+    tree, found = LayerTree(model), []
     for layer in layers_of(model):
         if not type(layer).__module__.startswith("keras."):
             continue  # a user's `rate` may be anything
@@ -299,9 +393,12 @@ def turn_off_noise(model: keras.Model) -> list[str]:
             value = vars(layer).get(name)  # no property, as of LSTM
             if isinstance(value, float) and value:
                 setattr(layer, name, 0.0)
-                found.append(layer.path)
+                found.append(tree.path_of(layer))
     return list(dict.fromkeys(found))
 
+
+# States of random generators, as Keras and TensorFlow name them.
+_GENERATORS = ("seed_generator_state", "StateVar")
 
 # Of keras.layers: Dropout and its kin, GaussianNoise, recurrent cells.
 _NOISE = ("rate", "stddev", "dropout", "recurrent_dropout")
@@ -311,15 +408,18 @@ def _make_optimizer(
     optimizer: keras.optimizers.Optimizer, variation: Variation
 ) -> DistributedOptimizer:
     """The user's, wrapped as the variation wants it, with an exact wire."""
-    inner = optimizer
-    if isinstance(optimizer, DistributedOptimizer):
-        inner = optimizer.inner_optimizer
-        inner.gradient_accumulation_steps = (
-            optimizer.gradient_accumulation_steps
-        )
+    has_scale = isinstance(optimizer, LossScaleOptimizer)
+    wants_scale = {"auto": has_scale, "dynamic": True, None: False}
+    is_kept = has_scale == wants_scale[variation.loss_scale]
+    if isinstance(optimizer, DistributedOptimizer) and not is_kept:
+        parts = optimizer.gradient_accumulation_steps
+        optimizer = optimizer.inner_optimizer
+        optimizer.gradient_accumulation_steps = parts
     if variation.accumulation is not None:
-        inner.gradient_accumulation_steps = variation.accumulation
-    return wrap_optimizer(inner, loss_scale=variation.loss_scale)
+        optimizer.gradient_accumulation_steps = variation.accumulation
+    wrapped = wrap_optimizer(optimizer, loss_scale=variation.loss_scale)
+    wrapped.wire = wire_lib.Wire(None)
+    return wrapped
 
 
 def _times(gradient: Any, factor: tf.Tensor) -> Any:

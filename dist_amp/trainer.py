@@ -380,6 +380,18 @@ class Trainer(Steps):
         """
         return self._fit.peek() if self._fit else []
 
+    def take_rollbacks(self, state: Mapping[str, Any]) -> None:
+        """Passes over the batches that a run went back for, as it did.
+
+        For a callback's `on_train_begin`, to make a part of a run again.
+
+        Args:
+            state: Of the run's first checkpoint after that part; see
+                `storage.read_state`.
+        """
+        if self._fit:
+            self._fit.take_rollbacks(state)
+
     @property
     def resumed_step(self) -> int:
         """The step that the last `fit` went on from; 0 if it was new."""
@@ -413,7 +425,7 @@ class Trainer(Steps):
             y, predictions = self._build_model(dataset)
             self.optimizer.build(self.model.trainable_variables)
             self.metrics.build(y, predictions)
-        self._check_combinations()
+        self._check_combinations(predictions)
         self._warn_of_odd_sizes()
         self.prepare_layers()
         self.spread_seeds()
@@ -428,12 +440,21 @@ class Trainer(Steps):
         Returns:
             Number of operations in the compiled loop, functions included.
         """
-        self.build(dataset)
-        function = self._traced_loop(dataset)
-        definition = function.graph.as_graph_def()
+        definition = self.step_graph(dataset).as_graph_def()
         return len(definition.node) + sum(
             len(inner.node_def) for inner in definition.library.function
         )
+
+    def step_graph(self, dataset: DatasetLike) -> tf.Graph:
+        """The compiled loop around train steps that `fit` runs.
+
+        Traced if it was not; on several workers by all of them.
+
+        Args:
+            dataset: As in `fit`; only its shapes are looked at.
+        """
+        self.build(dataset)
+        return self._traced_loop(dataset).graph
 
     def feed(
         self,
@@ -586,7 +607,7 @@ class Trainer(Steps):
                 stack.enter_context(self.data_service.explaining())
             yield
 
-    def _check_combinations(self) -> None:
+    def _check_combinations(self, predictions: Any) -> None:
         parts = self.optimizer.gradient_accumulation_steps
         if parts and reduction_of(self.loss) == "sum":
             raise ValueError(
@@ -598,16 +619,31 @@ class Trainer(Steps):
                 "`jit_compile` would be ignored on a TPU, which compiles "
                 "every step; leave it off (--nojit_compile)."
             )
-        if (
-            self.jit_compile
-            and self.strategy.num_replicas_in_sync > 1
-            and optimizer_lib.is_synchronized(self.model)
-        ):
+        if not self.jit_compile or self.strategy.num_replicas_in_sync == 1:
+            return
+        if optimizer_lib.is_synchronized(self.model):
             raise ValueError(
                 "`jit_compile` on several replicas cannot compile layers that "
                 "talk to other replicas, like BatchNormalization("
                 "synchronized=True); turn one of them off (--nojit_compile)."
             )
+        if self._counts_masks(predictions):
+            raise ValueError(
+                "`jit_compile` on several replicas cannot compile a loss that "
+                "a Keras mask makes shorter, since all replicas must count "
+                "what is left of it; mask by sample weights instead, or turn "
+                "XLA off (--nojit_compile)."
+            )
+
+    def _counts_masks(self, predictions: Any) -> bool:
+        """Whether our own loss divides by what masks leave of all replicas."""
+        is_masked = any(
+            getattr(leaf, "_keras_mask", None) is not None
+            for leaf in tf.nest.flatten(predictions)
+        )
+        is_ours = type(self).compute_loss is Steps.compute_loss
+        has_mean = self.loss is not None and reduction_of(self.loss) != "sum"
+        return is_masked and is_ours and has_mean
 
     def _warn_of_odd_sizes(self) -> None:
         """Tensor cores want sizes that are multiples of 8."""

@@ -1,16 +1,15 @@
 """The replica-equivalence certificate: one's own model, proved on N replicas.
 
 Each update is made twice from the same state, on one device and on several
-replicas, and losses, gradients, the model's variables and metrics are compared,
-the optimizer's variables among the replicas; then training goes on from what
-the one device did. So rounding does not add up, and the first update and
+replicas, and losses, gradients, variables and metrics are compared, those of
+the optimizer and of `Trainer.state` too; then training goes on from what the
+one device did. So rounding does not add up, and the first update and
 variable that differ are the ones at fault.
 """
 
 import dataclasses
-import json
+import functools
 import math
-import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -19,13 +18,32 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from dist_amp import causes, optimizer, random_state
+from dist_amp import causes, random_state
 from dist_amp import difference as difference_lib
 from dist_amp import precision as precision_lib
-from dist_amp.difference import Difference, Names, Tolerance
+from dist_amp.auto_layers import AutoLayers
+from dist_amp.certificate import Case, Certificate
+from dist_amp.comparison import (
+    NUMERICS,
+    Comparison,
+    describe_error,
+    describe_not_finite,
+    first_broken,
+    names_of,
+)
+from dist_amp.difference import Tolerance
 from dist_amp.metrics import MetricsLike
+from dist_amp.optimizer import MAX_SKIPS_AT_FLOOR, LossScaleOptimizer
 from dist_amp.stream import DatasetLike, one_pass
-from dist_amp.subject import Parts, Record, Subject, Variation, make_strategy
+from dist_amp.subject import (
+    Parts,
+    Record,
+    Subject,
+    Variation,
+    find_devices,
+    make_strategy,
+    path_of,
+)
 from dist_amp.trainer import Trainer
 
 SUITES = (
@@ -43,59 +61,6 @@ OptimizerFn: TypeAlias = Callable[[], keras.optimizers.Optimizer]
 _FREE_TOLERANCE = {"float16": 0.02, "bfloat16": 0.05}
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One comparison.
-
-    Attributes:
-        name: What was compared.
-        passed: Whether rounding explains all differences.
-        max_error: The worst one, relative; None if it could not be compared.
-        tolerance: Of that one.
-        first_step: The first update that differs beyond tolerance, from 0.
-        first_variable: The first that differs in it, and in what.
-        cause: The likeliest, in the user's terms.
-    """
-
-    name: str
-    passed: bool
-    max_error: float | None = None
-    tolerance: float | None = None
-    first_step: int | None = None
-    first_variable: str | None = None
-    cause: str | None = None
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Certificate:
-    """All comparisons of a model.
-
-    Attributes:
-        cases: The comparisons.
-        precision: Compute dtype that was verified.
-        num_steps: Updates of each comparison.
-        left_out: What could not be compared, with the reason.
-    """
-
-    cases: tuple[Case, ...]
-    precision: str
-    num_steps: int
-    left_out: tuple[str, ...] = ()
-
-    @property
-    def passed(self) -> bool:
-        """Whether every case did."""
-        return all(case.passed for case in self.cases)
-
-    def as_json(self) -> str:
-        """`passed`, `precision`, `num_steps`, `left_out` and `cases`."""
-        content = {"passed": self.passed, **dataclasses.asdict(self)}
-        return json.dumps(_plain(content), indent=2) + "\n"
-
-    def __str__(self) -> str:
-        return "\n".join(_table(self))
-
-
 def verify(
     model_fn: Callable[[], keras.Model],
     dataset: DatasetLike,
@@ -105,7 +70,7 @@ def verify(
     ] = keras.optimizers.Adam,
     loss: Any = None,
     metrics: MetricsLike = (),
-    trainer: type[Trainer] = Trainer,
+    trainer: Callable[..., Trainer] = Trainer,
     precision: str = "auto",
     num_steps: int = 20,
     num_replicas: Sequence[int] = (2, 4),
@@ -118,19 +83,23 @@ def verify(
     of several replicas, with full and smaller batches, an overflow on one
     replica, accumulated gradients, XLA, after a restart from a checkpoint, and
     in the precision against float32. Dropout and noise are turned off: each
-    replica draws its own.
+    replica draws its own. The replicas are on GPUs if there are enough for the
+    largest number, else all of them on CPUs, the one device as well.
 
     Args:
         model_fn: Makes the model; called in each scope.
         dataset: Global batches as in `Trainer.fit`, at least one; larger
             than the number of replicas.
-        optimizer_fn: Makes the Keras optimizer.
+        optimizer_fn: Makes the Keras optimizer, wrapped or not; a wrapped one
+            keeps its loss scale, and its wire is made exact.
         loss: As in `Trainer`.
         metrics: As in `Trainer`.
-        trainer: `Trainer` or a class that overrides its steps.
-        precision: As in `dist_amp.scope`.
+        trainer: `Trainer` or a class that overrides its steps. If it takes
+            more arguments, `functools.partial(MyTrainer, temperature=2.0)`.
+        precision: As in `dist_amp.scope`. With "auto_layers" the layers are
+            chosen on one device, as `AutoLayers` does before the first epoch.
         num_steps: Updates of each comparison.
-        num_replicas: Replicas, on GPUs or on logical CPUs.
+        num_replicas: Replicas.
         suites: Which comparisons to make, out of `SUITES`.
         seed: Of the weights.
 
@@ -159,11 +128,18 @@ def verify(
             f"`suites` must be out of {', '.join(SUITES)}. Received "
             f"{list(suites)} (--suites)."
         )
+    if not num_replicas or min(num_replicas) < 2:
+        raise ValueError(
+            "`num_replicas` must be numbers greater than 1. Received "
+            f"{list(num_replicas)} (--num_replicas)."
+        )
     if num_steps < 2:
         raise ValueError(
             f"`num_steps` must be at least 2. Received {num_steps} "
             "(--num_steps)."
         )
+    devices = find_devices(max(num_replicas))
+    resolved = precision_lib.resolve(precision, make_strategy(devices[:1]))
     parts = Parts(
         model_fn=model_fn,
         optimizer_fn=optimizer_fn,
@@ -171,20 +147,23 @@ def verify(
         metrics=metrics,
         trainer=trainer,
         seed=seed,
+        precision=resolved.name,
+        devices=devices,
     )
-    resolved = precision_lib.resolve(precision, make_strategy(1))
     before = random_state.read_host()
     try:
-        examiner = _Examiner(
-            parts, dataset, resolved.name, num_steps, tuple(num_replicas)
-        )
-        cases = tuple(examiner.cases(suites))
+        with precision_lib.keep_rewrites():
+            examiner = _Examiner(parts, dataset, num_steps, tuple(num_replicas))
+            cases = tuple(examiner.cases(suites))
     finally:
         random_state.write_host(before)
     return Certificate(
         cases=cases,
         precision=resolved.name,
         num_steps=num_steps,
+        devices=tuple(devices),
+        turned_off=tuple(examiner.turned_off),
+        notes=tuple(examiner.notes),
         left_out=tuple(examiner.left_out),
     )
 
@@ -196,20 +175,40 @@ class _Examiner:
         self,
         parts: Parts,
         dataset: DatasetLike,
-        precision: str,
         num_steps: int,
         num_replicas: tuple[int, ...],
     ):
         self._parts = parts
-        self._precision = precision
+        self._precision = precision_lib.Precision(parts.precision)
         self._num_steps = num_steps
         self._num_replicas = num_replicas
         first = one_pass(dataset)
         self._spec = tf.nest.map_structure(_without_size, first.element_spec)
         self._batches = _read(first, num_steps, max(num_replicas))
-        dtype = precision_lib.Precision(precision).compute_dtype
+        dtype = self._precision.compute_dtype
         self._tolerance = difference_lib.TOLERANCES[dtype]
+        self.turned_off: list[str] = []
+        self.notes: list[str] = []
         self.left_out: list[str] = []
+        if self._precision.adapts_layers:
+            self._choose_layers(first)
+
+    def _choose_layers(self, dataset: tf.data.Dataset) -> None:
+        """What `AutoLayers` does before the first epoch, once for all."""
+        trainer = self._subject(records=False).trainer
+        chosen = AutoLayers(trainer, dataset)
+        chosen.on_epoch_begin(0)
+        self._parts = dataclasses.replace(
+            self._parts,
+            pinned=chosen.get_state(),
+            first_scale=float(
+                tf.convert_to_tensor(trainer.optimizer.loss_scale)
+            ),
+        )
+        self.notes.append(
+            "in float32, as `AutoLayers` chose on one device before the first "
+            f"update: {', '.join(chosen.pinned) or 'no layer'}"
+        )
 
     def cases(self, suites: Sequence[str]) -> Iterator[Case]:
         """All of some suites, one after another."""
@@ -226,15 +225,28 @@ class _Examiner:
                 yield from made[name]()
 
     def _subject(self, *, records: bool = True, **variation: Any) -> Subject:
-        variation = {"precision": self._precision, **variation}
-        return Subject(
+        variation = {"precision": self._precision.name, **variation}
+        subject = Subject(
             self._parts, Variation(**variation), self._spec, records=records
         )
+        self.turned_off = subject.turned_off
+        return subject
+
+    @functools.cached_property
+    def _plain(self) -> tuple[Subject, list[np.ndarray]]:
+        subject = self._subject()
+        return subject, subject.state()
+
+    def _reference(self) -> Subject:
+        """The plain training on one device, at its start."""
+        subject, start = self._plain
+        subject.load(start)
+        return subject
 
     # ------------------------------------------------------------- suites
 
     def _on_replicas(self) -> Iterator[Case]:
-        reference = self._subject()
+        reference = self._reference()
         again = self._subject()
         subjects = {
             n: self._subject(num_replicas=n) for n in self._num_replicas
@@ -248,6 +260,20 @@ class _Examiner:
             yield from self._compare(reference, runs, batches)
 
     def _after_an_overflow(self) -> Iterator[Case]:
+        has_scale = isinstance(
+            self._plain[0].trainer.optimizer, LossScaleOptimizer
+        )
+        if not has_scale and self._precision.needs_loss_scale:
+            self.left_out.append(
+                "overflow: the optimizer has no loss scale, so that no update "
+                "is skipped; drop `loss_scale=None` (--loss_scale)"
+            )
+            return
+        if not has_scale:
+            self.notes.append(
+                "overflow: with a dynamic loss scale, which training in "
+                f"{self._precision.name} has not"
+            )
         options: dict[str, Any] = {"loss_scale": "dynamic", "overflows": True}
         reference = self._subject(**options)
         subjects = {
@@ -272,20 +298,26 @@ class _Examiner:
             batches = self._groups(reference)
             reference.step(batches[0])  # it may be refused when it is traced
         except ValueError as error:
-            self.left_out.append(f"accumulated gradients: {_described(error)}")
+            self.left_out.append(
+                f"accumulated gradients: {describe_error(error)}"
+            )
             return
         yield from self._compare(reference, subjects, batches)
 
     def _with_xla(self) -> Iterator[Case]:
-        reference = self._subject()
+        if self._precision.rewrites_graph:
+            self.left_out.append(
+                "XLA: Grappler cannot rewrite what it compiles"
+            )
+            return
         for n in (1, self._num_replicas[0]):
             name = f"{n} {'replicas' if n > 1 else 'device'}, XLA"
-            if n > 1 and optimizer.is_synchronized(reference.trainer.model):
-                self.left_out.append(
-                    f"{name}: synchronized layers cannot be compiled there"
-                )
+            try:
+                subject = self._subject(num_replicas=n, jit_compile=True)
+            except ValueError as error:  # a combination that is refused
+                self.left_out.append(f"{name}: {error}")
                 continue
-            subject = self._subject(num_replicas=n, jit_compile=True)
+            reference = self._reference()
             batches = self._groups(reference)
             yield from self._compare(reference, {name: subject}, batches)
 
@@ -304,30 +336,43 @@ class _Examiner:
             _fit(first, dataset, stop_at=half, checkpoint_dir=folder)
             _fit(second, dataset, checkpoint_dir=folder)
         name = f"{n} replicas, after a save and a restore"
-        yield _case_of_restart(name, second, straight, dataset)
+        tolerance = restart_tolerance(self._parts.devices, self._tolerance)
+        yield _case_of_restart(
+            name, (second, straight), dataset, tolerance=tolerance
+        )
 
     def _in_this_precision(self) -> Iterator[Case]:
-        dtype = precision_lib.Precision(self._precision).compute_dtype
+        dtype = self._precision.compute_dtype
         if dtype == "float32":
             return
-        half = self._subject()
+        half = self._reference()
+        groups = self._groups(half)
         full = self._subject(precision="float32", loss_scale=None)
         full.load_weights(half)
-        pairs = [
-            (half.step(group).loss, full.step(group).loss)
-            for group in self._groups(half)
-        ]
-        errors = [abs(a - b) / (abs(b) + 1e-6) for a, b in pairs]
-        error, tolerance = float(np.mean(errors)), _FREE_TOLERANCE[dtype]
-        passed = error <= tolerance
-        yield Case(
-            name=f"losses in {dtype} and in float32",
-            passed=passed,
-            max_error=error,
-            tolerance=tolerance,
-            first_step=None if passed else int(np.nanargmax(errors)),
-            cause=None if passed else _OF_PRECISION.format(dtype=dtype),
-        )
+        with precision_lib.keep_rewrites(turned_off=True):
+            wanted = [full.step(group) for group in groups]
+        case = Case(name=f"losses in {dtype} and in float32", passed=False)
+        broken = first_broken(wanted, names_of(full))
+        if broken is not None:
+            step, what = broken
+            yield _failed(
+                case, step, what, describe_not_finite("float32", step, what)
+            )
+            return
+        try:
+            records = [_applied(half, group) for group in groups]
+        except FloatingPointError:
+            cause = f"{dtype} overflows at any loss scale; {NUMERICS}"
+            yield _failed(case, 0, None, cause)
+            return
+        yield _case_of_losses(case, half, records, wanted)
+        if self._precision.rewrites_graph and all(
+            a.loss == b.loss for a, b in zip(records, wanted, strict=True)
+        ):
+            self.notes.append(
+                f"{self._precision.name}: Grappler rewrote nothing of this "
+                "model here, so that float32 was verified"
+            )
 
     # --------------------------------------------------------- comparisons
 
@@ -362,122 +407,65 @@ class _Examiner:
     ) -> Iterator[Case]:
         """Steps all subjects from each state of the reference."""
         comparisons = [
-            _Comparison(name, subject, reference, self._tolerance)
+            Comparison(name, subject, reference, self._tolerance)
             for name, subject in subjects.items()
         ]
-        first_skipped = _num_applied(reference)
+        num_applied, skips = 0, 0
         for step, batches in enumerate(groups):
             is_hit = overflows and step % 3 == 1
             state = reference.state()
             wanted = reference.step(batches, overflows=is_hit)
+            num_applied += not wanted.is_skipped
+            skips = skips + 1 if wanted.is_skipped else 0
+            broken = first_broken([wanted], names_of(reference))
+            if broken is not None:
+                for one in comparisons:
+                    one.end(step, broken[1])
+            if broken is not None or skips == MAX_SKIPS_AT_FLOOR - 1:
+                break  # before the optimizer ends it
             for one in comparisons:
                 if not one.has_failed:
                     one.take(step, batches, (state, wanted), overflows=is_hit)
-        was_applied = _num_applied(reference) > first_skipped
         for one in comparisons:
-            yield one.case() if was_applied else _nothing(one.case())
+            self.notes += one.notes()
+            is_over = not num_applied or skips == MAX_SKIPS_AT_FLOOR - 1
+            yield _nothing(one.case()) if is_over else one.case()
 
 
-def _num_applied(subject: Subject) -> int:
-    iterations = subject.trainer.optimizer.iterations
-    return int(keras.ops.convert_to_numpy(iterations))
+def _failed(case: Case, step: int, what: str | None, cause: str) -> Case:
+    return dataclasses.replace(
+        case, passed=False, first_step=step, first_variable=what, cause=cause
+    )
 
 
 def _nothing(case: Case) -> Case:
-    """A case in which not one update was applied proves nothing."""
+    """A case in which updates are skipped on and on proves nothing."""
     return dataclasses.replace(
         case,
         passed=False,
         cause=case.cause
-        or "nothing was compared: all updates were skipped on one device, too, "
-        "since gradients were not finite at any loss scale; `python -m "
-        "launch.numerics` tells which layers to keep in float32",
+        or "nothing was compared: one update after another was skipped on one "
+        "device, too, since gradients were not finite at any loss scale; "
+        + NUMERICS,
     )
 
 
-class _Comparison:
-    """One subject beside the reference, until something differs."""
+def _applied(subject: Subject, batches: Sequence[Any]) -> Record:
+    """An update, made again at a lower loss scale for as long as it is skipped.
 
-    def __init__(
-        self,
-        name: str,
-        subject: Subject,
-        reference: Subject,
-        tolerance: Tolerance,
-    ):
-        self._name = name
-        self._subject = subject
-        self._reference = reference
-        self._tolerance = tolerance
-        self._names = _names(reference)
-        self._worst: Difference | None = None
-        self._first: Difference | None = None
-        self._cause: str | None = None
-
-    @property
-    def has_failed(self) -> bool:
-        """Whether it need not go on."""
-        return self._cause is not None
-
-    def take(
-        self,
-        step: int,
-        batches: Sequence[Any],
-        expected: tuple[list[np.ndarray], Record],
-        *,
-        overflows: bool,
-    ) -> None:
-        """Makes an update from the reference's state, and compares."""
-        state, wanted = expected
-        try:
-            self._subject.load(state)
-            record = self._subject.step(batches, overflows=overflows)
-        except (tf.errors.OpError, ValueError, RuntimeError) as error:
-            self._first = Difference(
-                what="error",
-                name="the step",
-                error=math.inf,
-                tolerance=0.0,
-                step=step,
-            )
-            self._cause = _described(error)
-            return
-        found = [
-            dataclasses.replace(one, step=step)
-            for one in difference_lib.differences(
-                record,
-                wanted,
-                before=state[: len(self._names.trainable)],
-                names=self._names,
-                tolerance=self._tolerance,
-            )
-        ]
-        worst = max(found, key=lambda one: one.severity)
-        if self._worst is None or worst.severity > self._worst.severity:
-            self._worst = worst
-        beyond = [one for one in found if one.is_beyond]
-        if beyond:
-            self._first = beyond[0]
-            self._cause = causes.explain(
-                self._subject,
-                self._reference,
-                records=(record, wanted),
-                found=beyond,
-                batches=batches,
-            )
-
-    def case(self) -> Case:
-        """The verdict."""
-        worst, first = self._worst, self._first
-        return Case(
-            name=self._name,
-            passed=first is None,
-            max_error=worst.error if worst else None,
-            tolerance=worst.tolerance if worst else None,
-            first_step=first.step if first else None,
-            first_variable=f"{first.name} ({first.what})" if first else None,
-            cause=self._cause,
-        )
+    Raises:
+        FloatingPointError: No lower scale is left, or none would help: the
+            loss itself is not finite.
+    """
+    scale = math.inf
+    while True:
+        record = subject.step(batches)
+        if not record.is_skipped:
+            return record
+        lower = record.settings["loss_scale"]
+        if lower >= scale or not math.isfinite(record.loss):
+            raise FloatingPointError("skipped at any loss scale")
+        scale = lower
 
 
 class _StopAt(keras.callbacks.Callback):
@@ -510,26 +498,57 @@ def _fit(
     )
 
 
-_OF_PRECISION = (
-    "{dtype} loses what this model needs: `python -m launch.numerics` tells "
-    "which layers to keep in float32"
-)
+def _case_of_losses(
+    case: Case,
+    subject: Subject,
+    records: Sequence[Record],
+    wanted: Sequence[Record],
+) -> Case:
+    """The losses of a training in half precision beside those in float32."""
+    dtype = precision_lib.Precision(subject.variation.precision).compute_dtype
+    scale = records[0].settings["loss_scale"]
+    if causes.lacks_loss_scale(records[0], wanted[0], loss_scale=scale):
+        first = names_of(subject).trainable[0]
+        cause = causes.of_missing_scale(subject)
+        return _failed(case, 0, f"{first} (gradient)", cause)
+    errors = [
+        difference_lib.relative_loss(one.loss, other.loss)
+        for one, other in zip(records, wanted, strict=True)
+    ]
+    error, tolerance = float(np.mean(errors)), _FREE_TOLERANCE[dtype]
+    measured = dataclasses.replace(case, max_error=error, tolerance=tolerance)
+    if error <= tolerance:
+        return dataclasses.replace(measured, passed=True)
+    step = next(i for i, one in enumerate(errors) if not one <= tolerance)
+    cause = f"{dtype} loses what this model needs: {NUMERICS}"
+    return _failed(measured, step, "loss", cause)
+
+
+def restart_tolerance(devices: Sequence[str], tolerance: Tolerance) -> float:
+    """CPUs must give the same bits; a GPU adds up in another order."""
+    return 0.0 if devices[0].startswith("CPU") else tolerance.update
 
 
 def _case_of_restart(
-    name: str, subject: Subject, reference: Subject, dataset: tf.data.Dataset
+    name: str,
+    pair: tuple[Subject, Subject],
+    dataset: tf.data.Dataset,
+    *,
+    tolerance: float,
 ) -> Case:
-    pairs = zip(
+    subject, reference = pair
+    values = zip(
         reference.paths(), subject.state(), reference.state(), strict=True
     )
     errors = {
         path: difference_lib.distance(value, other)
-        for path, value, other in pairs
+        for path, value, other in values
     }
-    first = next((path for path, error in errors.items() if error), None)
+    beyond = (path for path, error in errors.items() if not error <= tolerance)
+    first = next(beyond, None)
     cause = None
     if first is not None:
-        missing = [v.name for v in subject.trainer.untracked(dataset)]
+        missing = [path_of(v) for v in subject.trainer.untracked(dataset)]
         cause = (
             f"checkpoints do not hold {', '.join(missing)}: add it to "
             "`Trainer.state`"
@@ -541,18 +560,9 @@ def _case_of_restart(
         name=name,
         passed=first is None,
         max_error=max(errors.values()),
-        tolerance=0.0,
+        tolerance=tolerance,
         first_variable=first,
         cause=cause,
-    )
-
-
-def _names(subject: Subject) -> Names:
-    trainer = subject.trainer
-    return Names(
-        trainable=[v.path for v in trainer.model.trainable_variables],
-        others=[v.path for v in subject.others],
-        optimizer=[v.path for v in trainer.optimizer.variables],
     )
 
 
@@ -588,69 +598,3 @@ def _size(batch: Any) -> int:
 
 def _cut(batch: Any, rows: int) -> Any:
     return tf.nest.map_structure(lambda leaf: leaf[:rows], batch)
-
-
-# ----------------------------------------------------------------- the table
-
-
-def _table(certificate: Certificate) -> Iterator[str]:
-    cases = certificate.cases
-    width = max(len(case.name) for case in cases)
-    yield f"{'':{width}}  verdict  largest error  tolerance"
-    for case in cases:
-        verdict = "equal" if case.passed else "DIFFERS"
-        numbers = ""
-        if case.max_error is not None:
-            numbers = f"{case.max_error:13.1e}  {case.tolerance:9.0e}"
-        yield f"{case.name:{width}}  {verdict:7}  {numbers}".rstrip()
-    for case in cases:
-        if not case.passed:
-            yield from ("", *_failure(case))
-    for reason in certificate.left_out:
-        yield f"left out: {reason}"
-    number = sum(not case.passed for case in cases)
-    yield ""
-    yield (
-        f"NOT EQUIVALENT: {number} of {len(cases)} cases differ"
-        if number
-        else f"EQUIVALENT: {len(cases)} cases, {certificate.num_steps} updates "
-        f"each, in {certificate.precision}"
-    )
-
-
-def _failure(case: Case) -> Iterator[str]:
-    where = []
-    if case.first_step is not None:
-        where.append(f"update {case.first_step + 1}")
-    if case.first_variable is not None:
-        where.append(case.first_variable)
-    yield f"{case.name}: {', '.join(where)}"
-    yield f"  {case.cause}"
-
-
-def _described(error: Exception) -> str:
-    """What TensorFlow says in many lines, in one."""
-    text = str(error)
-    operations = re.findall(r"No registered '(\w+)' OpKernel", text)
-    if operations:
-        return (
-            f"XLA has no {', '.join(dict.fromkeys(operations))}: leave it out "
-            "of the model, or train without `jit_compile`"
-        )
-    lines = [line.strip() for line in text.splitlines()]
-    told = [line for line in lines if line and not line.startswith(_FRAMES)]
-    return f"{type(error).__name__}: {(told or [''])[0][:300]}"
-
-
-_FRAMES = ("Graph execution error", "Detected at node", "File ", "The op is")
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no infinity and no NaN."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    return value

@@ -40,12 +40,11 @@ class ContrastiveTrainer(dist_amp.Trainer):
 def gather(rows: tf.Tensor) -> tf.Tensor:
     """The rows of all replicas, in order; call it in a replica.
 
-    Backwards each replica gets, for the rows that it gave, the sum of what all
-    replicas' losses say of them.
+    Backwards a replica gets the sum of what all losses say of its rows.
     """
     context = tf.distribute.get_replica_context()
-    number = context.num_replicas_in_sync
-    return rows if number == 1 else context.all_gather(rows, axis=0)
+    is_alone = context.num_replicas_in_sync == 1
+    return rows if is_alone else context.all_gather(rows, axis=0)
 
 
 def make_model(size: int) -> keras.Model:
@@ -58,9 +57,7 @@ def make_model(size: int) -> keras.Model:
     return keras.Model(views, {name: embed(x) for name, x in views.items()})
 
 
-def main(
-    replicas: int = 0, precision: str = "auto", epochs: int = 10
-) -> ContrastiveTrainer:
+def main(replicas: int = 0, precision: str = "auto", epochs: int = 10) -> Any:
     """Trains on noisy views of random points."""
     keras.utils.set_random_seed(0)
     devices = strategy_lib.use_logical_cpus(replicas) if replicas else None
@@ -69,10 +66,9 @@ def main(
         model = make_model(size=16)
         optimizer = dist_amp.wrap_optimizer(keras.optimizers.Adam(1e-3))
     trainer = ContrastiveTrainer(model, optimizer)
-    normal = tf.random.stateless_normal([3, 480, 16], seed=[0, 0])
-    one, other = normal[0] + 0.3 * normal[1], normal[0] + 0.3 * normal[2]
-    views = data.from_arrays({"one": one, "other": other}, 48, shuffle_seed=0)
-    trainer.fit(views, epochs=epochs)
+    points, a, b = tf.random.stateless_normal([3, 480, 16], seed=[0, 0])
+    views = {"one": points + 0.3 * a, "other": points + 0.3 * b}
+    trainer.fit(data.from_arrays(views, 48, shuffle_seed=0), epochs=epochs)
     return trainer
 
 

@@ -68,8 +68,7 @@ def main(
 
     for number in range(num_updates):
         share = float(update(tf.constant(number)))
-        if number % 20 == 0:
-            print(f"update {number}: {share:.0%} won")
+        print(f"update {number}: {share:.0%} won")
     return share
 
 

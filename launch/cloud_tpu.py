@@ -368,8 +368,8 @@ def _sources(job: CloudTpuJob, config: TrainConfig) -> Iterator[pathlib.Path]:
     paths = [root / "dist_amp", root / "launch"]
     if requirements.exists():
         paths.append(requirements)
-    for name in ("model", "dataset", "loss"):
-        module, colon, _ = getattr(config, name).partition(":")
+    for name in ("model", "dataset", "parse", "loss"):
+        module, colon, _ = (getattr(config, name) or "").partition(":")
         if colon:
             top = module.partition(".")[0]
             paths += [here / top, here / f"{top}.py"]

@@ -5,6 +5,7 @@ Standard library only: a mistake is found before TensorFlow is imported.
 
 import dataclasses
 import importlib.util
+import os
 import re
 from typing import Any
 
@@ -94,7 +95,9 @@ class TrainConfig:
     )
     dataset: str = flag(
         "digits",
-        "A TFDS name, or module:function that returns a tf.data.Dataset. The "
+        "A TFDS name; a folder that TFDS has prepared (with "
+        "dataset_info.json); files of records, as /data/{split}-*.tfrecord, "
+        "with --parse; or module:function that returns a tf.data.Dataset. The "
         "function may take split, global_batch_size (then it batches by "
         "itself), seed and data_dir.",
     )
@@ -105,7 +108,21 @@ class TrainConfig:
         is_repeated=True,
     )
     data_dir: str | None = flag(
-        None, "Where TFDS keeps data. Default: ~/tensorflow_datasets."
+        None,
+        "Where TFDS keeps data [~/tensorflow_datasets]; the folder of files "
+        "of records.",
+    )
+    parse: str | None = flag(
+        None,
+        "module:function that makes (x, y) of a record, a scalar string "
+        "tensor: of TFRecord files, or of .array_record ones.",
+    )
+    train_split: str | None = flag(
+        None, "What TFDS has to train on, as train[:90%] [train]."
+    )
+    test_split: str | None = flag(
+        None,
+        "What TFDS has to test on, as train[90%:] [test, else validation].",
     )
     loss: str = flag(
         "sparse_categorical_crossentropy",
@@ -330,6 +347,9 @@ class TrainConfig:
         "FIRST:END, as 100:110: TensorFlow's profiler around the updates "
         "after FIRST and up to END, for TensorBoard.",
     )
+    tensorboard_graph: bool = flag(
+        False, "Writes the compiled step's graph, for TensorBoard."
+    )
     histogram_every_epochs: int | None = flag(
         None,
         "Epochs between TensorBoard histograms of each variable and of its "
@@ -343,6 +363,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self._check_choices()
         self._check_functions()
+        self._check_data()
         self._check_numbers()
         self._check_devices()
         self._check_loss_scale()
@@ -368,11 +389,6 @@ class TrainConfig:
         if self.weight_decay_exclude is not None:
             return self.weight_decay_exclude
         return NOT_DECAYED if self.optimizer in _EXCLUDING else ()
-
-    @property
-    def has_own_data(self) -> bool:
-        """Whether a function makes the data, not TFDS."""
-        return self.dataset.partition(":")[2].isidentifier()
 
     @property
     def loss_class(self) -> str:
@@ -404,12 +420,29 @@ class TrainConfig:
         return self.global_batch_size // self.gradient_accumulation_steps
 
     @property
+    def data_kind(self) -> str:
+        """What `dataset` names: a "function", "records", or "tfds"."""
+        if self.dataset.partition(":")[2].isidentifier():
+            return "function"
+        is_pattern = any(sign in self.dataset for sign in "*?[{")
+        is_file = self.dataset.endswith((".tfrecord", ".array_record"))
+        is_path = self.parse is not None and "/" in self.dataset
+        return "records" if is_pattern or is_file or is_path else "tfds"
+
+    def pattern_of(self, split: str) -> str:
+        """The files of records of a split."""
+        pattern = self.dataset.replace("{split}", split)
+        if self.data_dir is None or "://" in pattern:
+            return pattern
+        return os.path.join(self.data_dir, pattern)
+
+    @property
     def directory(self) -> str:
         """`run_dir`, or its default."""
         if self.run_dir:
             return self.run_dir
         names = (self.model, self.dataset)
-        plain = (name.replace(":", ".").replace("/", ".") for name in names)
+        plain = (re.sub(r"[^\w+-]+", ".", name).strip(".") for name in names)
         return "runs/" + "-".join(plain)
 
     # -------------------------------------------------------------- checks
@@ -435,8 +468,8 @@ class TrainConfig:
         self._check_modules()
 
     def _check_modules(self) -> None:
-        for name in ("model", "dataset", "loss"):
-            module, _, function = getattr(self, name).partition(":")
+        for name in ("model", "dataset", "parse", "loss"):
+            module, _, function = (getattr(self, name) or "").partition(":")
             if function.isidentifier() and not _can_be_found(module):
                 _fail(
                     name,
@@ -444,6 +477,30 @@ class TrainConfig:
                     "here or in PYTHONPATH",
                     getattr(self, name),
                 )
+
+    def _check_data(self) -> None:
+        kind, told = self.data_kind, f"--dataset={self.dataset}"
+        if self.parse and not self.parse.partition(":")[2].isidentifier():
+            _fail("parse", "must be module:function", self.parse)
+        if self.parse and kind != "records":
+            _contradict(
+                "parse",
+                told,
+                "it is for files of records, as /data/{split}-*.tfrecord",
+            )
+        if kind == "records" and not self.parse:
+            _fail(
+                "parse",
+                f"must be given for the files of {told}: module:function that "
+                "makes (x, y) of a record",
+                self.parse,
+            )
+        for name in ("train_split", "test_split"):
+            if getattr(self, name) is not None and kind != "tfds":
+                _contradict(name, told, "only TFDS has such splits; drop it")
+        is_path = self.dataset.startswith(("/", "./", "../", "~"))
+        if self.data_dir and kind != "function" and is_path:
+            _contradict("data_dir", told, "which is a path; drop it")
 
     def _check_numbers(self) -> None:
         check_positive(self, *_POSITIVE)
@@ -662,7 +719,7 @@ class TrainConfig:
                     _fail(flag_name, "must be name=value", text)
                 if names.count(name) > 1:
                     _fail(flag_name, f"sets {name} twice", ", ".join(texts))
-        if self.dataset_option and not self.has_own_data:
+        if self.dataset_option and self.data_kind != "function":
             _contradict(
                 "dataset_option",
                 f"--dataset={self.dataset}",

@@ -187,18 +187,18 @@ def prepare(of_run: TrainConfig, split: str) -> tuple[Any, Any, bool]:
 
     Args:
         of_run: From `settings_to_infer`.
-        split: See `build.load_split`.
+        split: See `inputs.load_split`.
 
     Returns:
         A built trainer, global batches in order, and whether this process is
         the chief.
     """
     with quiet_start():
-        from launch import build  # and TensorFlow
+        from launch import build, hardware, inputs  # and TensorFlow
 
-        devices = build.make_devices(of_run)
+        devices = hardware.make_devices(of_run)
     with contextlib.redirect_stdout(sys.stderr):  # what TFDS prepares
-        data = build.load_split(of_run, split)
+        data = inputs.load_split(of_run, split)
     with quiet_start():  # float16 on CPUs has its own chatter
         trainer = build.make_trainer(of_run, devices, data, trains=False)
         trainer.build(data.train)
@@ -284,6 +284,7 @@ class _Watcher:
 
     def _evaluate(self, path: str, created: float) -> bool:
         from dist_amp import storage
+        from dist_amp.callbacks import as_json
         from launch import saved
 
         try:
@@ -304,7 +305,7 @@ class _Watcher:
             "time": time.time(),
         }
         with self._path.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(as_json(line) + "\n")
         shown = ", ".join(f"{n} {v:.6g}" for n, v in _scalars(results).items())
         print(f"{_name_of(path)}: {shown}", flush=True)
         return True

@@ -144,8 +144,9 @@ def _try_out(
     import tensorflow as tf
 
     from dist_amp import export as export_lib
+    from dist_amp.stream import one_pass
 
-    batch = next(iter(dataset.take(1)), None)
+    batch = next(iter(one_pass(dataset).take(1)), None)
     if batch is None:
         raise ConfigError(f"--split={config.split} holds no example.")
     x = batch[0] if isinstance(batch, tuple) else batch

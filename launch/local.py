@@ -277,7 +277,10 @@ def what_is_elsewhere(training: job_lib.Training) -> str | None:
     if ":" in config.dataset or config.dataset == "digits":
         return None
     folder = pathlib.Path(config.data_dir or "~/tensorflow_datasets")
-    if (folder.expanduser() / config.dataset).is_dir():
+    path = folder / config.dataset
+    if config.data_kind == "records":
+        path = pathlib.Path(config.pattern_of("train")).parent
+    if path.expanduser().is_dir():
         return None
     return f"--dataset={config.dataset}"
 

@@ -117,11 +117,11 @@ def _look(config: NumericsConfig) -> tuple[Any, str]:
     with quiet_start():
         from dist_amp import numerics  # and TensorFlow
         from dist_amp.stream import one_pass
-        from launch import build
+        from launch import build, hardware, inputs
 
-        devices = build.make_devices(config)
+        devices = hardware.make_devices(config)
     with contextlib.redirect_stdout(sys.stderr):  # what TFDS prepares
-        data = build.load_data(config)
+        data = inputs.load_data(config)
     trainer = build.make_trainer(config, devices, data)
     trainer.build(data.train)
     source = _load_weights(config, trainer)

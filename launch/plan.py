@@ -103,11 +103,11 @@ def plan(config: PlanConfig) -> int:
     """Makes the plan, prints it, writes it; see `main`."""
     with quiet_start():
         from dist_amp import ahead_of_time
-        from launch import build
+        from launch import build, inputs
 
         devices, num_replicas = _devices(config)
     with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it prepares
-        data = build.load_data(config)
+        data = inputs.load_data(config)
     traced = dataclasses.replace(
         config,
         jit_compile=False,
@@ -141,7 +141,7 @@ def _devices(config: PlanConfig) -> tuple[Any, int]:
     """What the step is traced under, and how many replicas are planned for."""
     import dist_amp
     from dist_amp import ahead_of_time, strategy
-    from launch import build
+    from launch import hardware
 
     if config.topology:
         number = ahead_of_time.num_cores(config.topology)
@@ -154,7 +154,7 @@ def _devices(config: PlanConfig) -> tuple[Any, int]:
         kind, reason = "one_device", "the trace of one replica"
     with dist_amp.scope(made, config.precision) as precision:
         pass
-    return build.Devices(made, kind, reason, precision), number
+    return hardware.Devices(made, kind, reason, precision), number
 
 
 def _num_devices(config: PlanConfig) -> int:
@@ -285,7 +285,9 @@ def _lines_of_tpu(content: dict[str, Any]) -> Iterator[tuple[str, str]]:
         for name, number in compiled["collectives"].items():
             yield "collectives", f"{number} {name}"
     largest = content["largest_per_replica_batch_size"]
-    if largest is not None:
+    if largest == 0:
+        yield "largest batch", "not even one example fits"
+    elif largest is not None:
         total = largest * content["num_replicas"]
         yield "largest batch", f"{largest:,} examples a core, {total:,} in all"
 

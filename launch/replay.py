@@ -70,9 +70,9 @@ def replay(config: ReplayConfig) -> int:
     with quiet_start():
         from dist_amp import replay as replay_lib  # and TensorFlow
         from dist_amp import weights
-        from launch import build
+        from launch import build, hardware, inputs, observers
 
-        devices = build.make_devices(train_config)
+        devices = hardware.make_devices(train_config)
     wanted = num_replicas_of(config.run_dir)
     if devices.strategy.num_replicas_in_sync != wanted:
         raise ConfigError(
@@ -81,10 +81,10 @@ def replay(config: ReplayConfig) -> int:
             "machine like that one."
         )
     with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it prepares
-        data = build.load_data(train_config)
+        data = inputs.load_data(train_config)
     run_dir = RunDir(config.run_dir, train_config.checkpoint_dir)
     found = replay_lib.newest_before(run_dir.checkpoints, config.step)
-    where = found[0] if found else "the start: there is no checkpoint before it"
+    where = found or "the start: there is no whole checkpoint before it"
     print(f"training to step {config.step} from {where}", flush=True)
     with quiet_start():  # float16 on CPUs has its own chatter
         trainer = build.make_trainer(train_config, devices, data)
@@ -99,7 +99,8 @@ def replay(config: ReplayConfig) -> int:
             epochs=train_config.num_epochs,
             checkpoint_dir=run_dir.checkpoints,
             steps_per_epoch=train_config.num_steps_per_epoch,
-            callbacks=build.make_auto_layers(devices, data, trainer),
+            callbacks=observers.make_auto_layers(devices, data, trainer),
+            rollback=build.rollback_policy(train_config),
         )
     print("\n".join(_lines_of(result)))
     if config.json:

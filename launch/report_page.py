@@ -15,18 +15,19 @@ from typing import Any
 from launch.config import TrainConfig
 from launch.run_record import SPLITS, RunRecord, is_less_better
 
-# Title, unit and what stands in one chart, of fields that every run has.
-_CHARTS = (
-    ("Loss", "", ("loss",)),
-    ("Learning rate", "", ("learning_rate",)),
-    ("Loss scale", "", ("loss_scale",)),
-    ("Examples per second", "/s", ("examples_per_sec",)),
-    ("Tokens per second", "/s", ("tokens_per_sec",)),
-    ("Step time, ms", "ms", ("step_ms_p50", "step_ms_p95")),
-    ("Time waited for input", "%", ("input_wait",)),
-    ("Time in all-reduces", "%", ("all_reduce_share",)),
-    ("Model FLOPs utilization", "%", ("mfu",)),
-    ("Peak memory", "B", ("peak_memory_bytes",)),
+# Title, unit and what stands in one chart, of fields that every run has; where
+# there are two, what each is called.
+_CHARTS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Loss", "", {"loss": ""}),
+    ("Learning rate", "", {"learning_rate": ""}),
+    ("Loss scale", "", {"loss_scale": ""}),
+    ("Examples per second", "/s", {"examples_per_sec": ""}),
+    ("Tokens per second", "/s", {"tokens_per_sec": ""}),
+    ("Step time, ms", "ms", {"step_ms_p50": "p50", "step_ms_p95": "p95"}),
+    ("Time waited for input", "%", {"input_wait": ""}),
+    ("Time in all-reduces", "%", {"all_reduce_share": ""}),
+    ("Model FLOPs utilization", "%", {"mfu": ""}),
+    ("Memory", "B", {"memory_bytes": "in use", "peak_memory_bytes": "peak"}),
 )
 # Shown elsewhere, or the same as another one in another unit.
 _NO_CHART = ("skipped_updates", "steps_per_sec")
@@ -73,12 +74,19 @@ def _charts(runs: Sequence[RunRecord]) -> Iterator[dict[str, Any]]:
     for title, unit, group in _CHARTS:
         shown = [field for field in group if field in fields]
         if shown:
-            yield {"title": title, "unit": unit, "fields": shown}
+            labels = [group[field] for field in shown]
+            yield _chart(title, unit, shown, labels)
         if title != "Loss":
             continue
         for field in fields:
             if field not in known and field not in _NO_CHART:
-                yield {"title": _words(field), "unit": "", "fields": [field]}
+                yield _chart(_words(field), "", [field], [""])
+
+
+def _chart(
+    title: str, unit: str, fields: list[str], labels: list[str]
+) -> dict[str, Any]:
+    return {"title": title, "unit": unit, "fields": fields, "labels": labels}
 
 
 def _data_of(run: RunRecord) -> dict[str, Any]:
@@ -241,6 +249,7 @@ _MEASURED_ONCE: dict[str, tuple[str, Callable[[float], str] | None]] = {
     "input_wait": ("input wait", _percent),
     "all_reduce_share": ("all-reduces", _percent),
     "mfu": ("MFU", _percent),
+    "memory_bytes": ("", None),
     "peak_memory_bytes": ("peak memory", _mebibytes),
     "learning_rate": ("", None),
     "loss_scale": ("", None),
@@ -615,7 +624,8 @@ function draw(view) {
 function noteOf(chart) {
   const all = data.runs.some(run => chart.fields.some(f =>
     f in run.test.values));
-  if (chart.fields.length > 1) return "solid p50, dotted p95";
+  const [one, other] = chart.labels;
+  if (chart.fields.length > 1) return `solid ${one}, dotted ${other}`;
   return all ? "solid train, dotted test" : "";
 }
 
@@ -703,7 +713,7 @@ function tell(view, x, width) {
     swatch.style.setProperty("--c", colour(c.index));
     const many = chart.fields.length > 1;
     const name = data.runs.length > 1 ? c.run.name + " " : "";
-    const kind = many ? c.field.slice(-3)
+    const kind = many ? chart.labels[chart.fields.indexOf(c.field)]
       : chart.fields[0] in c.run.test.values ? c.split : "";
     const value = isScale(chart) && typeof c.y[i] === "number"
       ? c.y[i].toLocaleString("en") + (c.skipped && c.skipped[i]

@@ -51,6 +51,7 @@ _FREE = (
     "data_dir",
     "compilation_cache",
     "profile_steps",
+    "tensorboard_graph",
     "histogram_every_epochs",
     *_OF_DEVICES,
 )

@@ -16,9 +16,14 @@ from launch.run_dir import RunDir
 
 SPLITS = ("train", "test")
 _PLACES = ("step", "epoch", "split", "time")
+_PARTS = ("settings", "resolved", "versions")  # of config.json
 # Of a metric with a value for each class, this many are shown.
 _MAX_PARTS = 8
-_LESS_IS_BETTER = ("loss", "err", "mse", "mae", "perplexity", "diverg")
+# As the names of Keras' metrics have it.
+_LESS_IS_BETTER = (
+    *("loss", "err", "mse", "mae", "mape", "msle", "perplexity"),
+    *("entropy", "diverg", "hinge", "poisson", "log_cosh", "logcosh"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +110,8 @@ class RunRecord:
     @property
     def planned_epochs(self) -> int | None:
         """Epochs to train for, if the run has told."""
-        return self.resolved.get("epochs")
+        told = self.resolved.get("epochs")
+        return told if isinstance(told, int) else None
 
 
 def is_less_better(field: str) -> bool:
@@ -142,9 +148,7 @@ def _read(path: str, name: str) -> RunRecord:
             f"{path} holds no run: there is neither metrics.jsonl nor "
             "config.json; pass the --run_dir of launch.train."
         )
-    config: dict[str, Any] = {}
-    if run_dir.config.exists():
-        config = json.loads(run_dir.config.read_text())
+    config = _config_of(run_dir) if run_dir.config.exists() else {}
     lines = list(_lines(run_dir.metrics))
     train, test = (
         _series([line for line in lines if line["split"] == split])
@@ -155,10 +159,21 @@ def _read(path: str, name: str) -> RunRecord:
         path,
         train,
         test,
-        settings=config.get("settings", {}),
-        resolved=config.get("resolved", {}),
-        versions=config.get("versions", {}),
         is_finished=run_dir.model.exists(),
+        **{part: config.get(part, {}) for part in _PARTS},
+    )
+
+
+def _config_of(run_dir: RunDir) -> dict[str, Any]:
+    """What `RunDir.write_config` wrote."""
+    try:
+        content = json.loads(run_dir.config.read_text())
+        if all(isinstance(content.get(part, {}), dict) for part in _PARTS):
+            return content
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise ConfigError(
+        f"{run_dir.config} is damaged: move it away to see the run's numbers."
     )
 
 
@@ -171,8 +186,20 @@ def _lines(path: pathlib.Path) -> Iterator[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue
-        if isinstance(line, dict) and {*_PLACES} <= line.keys():
+        if isinstance(line, dict) and _has_place(line):
             yield line
+
+
+def _has_place(line: Mapping[str, Any]) -> bool:
+    """Whether a line tells where in the run it is."""
+    counts = [line.get(name) for name in ("step", "epoch")]
+    seconds = line.get("time")
+    return (
+        all(type(count) is int for count in counts)
+        and isinstance(seconds, int | float)
+        and math.isfinite(seconds)
+        and line.get("split") in SPLITS
+    )
 
 
 def _series(lines: Sequence[Mapping[str, Any]]) -> Series:
@@ -203,5 +230,5 @@ def _numbers(line: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 def _number(field: str, value: Any) -> Iterator[tuple[str, float]]:
     try:
         yield field, float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return

@@ -97,10 +97,10 @@ def _train(
     with quiet_start():
         from dist_amp import preemption, rendezvous, watchdog  # and TensorFlow
         from dist_amp.data_service import DataServiceLostError
-        from launch import build
+        from launch import build, hardware
 
         try:
-            devices = build.make_devices(config)
+            devices = hardware.make_devices(config)
         except rendezvous.AbsentError as error:
             print(f"error: {error}", file=sys.stderr)
             return preemption.exit_status("peer")
@@ -123,12 +123,12 @@ def _build(
     config: TrainConfig, run_dir: RunDir, devices: Any
 ) -> tuple[Any, Any]:
     """Data and trainer, with the weights that it starts from."""
-    from launch import build
+    from launch import build, inputs
 
     # TFDS prints what it prepares, on the worker that comes first.
     stdout = sys.stdout if devices.is_chief else sys.stderr
     with contextlib.redirect_stdout(stdout):
-        data = build.load_data(config)
+        data = inputs.load_data(config)
     trainer = build.make_trainer(config, devices, data)
     if not config.dry_run:
         build.load_initial_weights(config, run_dir, data, trainer)
@@ -146,21 +146,25 @@ def _fit(
 ) -> None:
     """Trains to the end, or until asked to stop; the chief leaves results."""
     from dist_amp import preemption
-    from launch import build
+    from launch import build, observers
 
     profiler = None
     with contextlib.ExitStack() as stack:
         if devices.is_chief:
-            profiler = build.make_profiler(config, run_dir)
+            profiler = observers.make_profiler(config, run_dir)
             stack.enter_context(build.open_run_dir(config, run_dir))
             trainer.run_info = run_dir.write_config(
                 config, **build.describe(config, devices, data, trainer)
             )
-            callbacks = [*build.make_callbacks(run_dir, trainer), *callbacks]
+            callbacks = [
+                *observers.make_callbacks(run_dir, trainer),
+                *callbacks,
+            ]
         watching = [
-            *build.make_auto_layers(devices, data, trainer),
-            *build.make_histograms(config, devices, run_dir, trainer),
+            *observers.make_auto_layers(devices, data, trainer),
+            *observers.make_histograms(config, devices, run_dir, trainer),
         ]
+        observers.write_graph(config, devices, run_dir, data, trainer)
         stack.enter_context(
             preemption.watch(
                 trainer.request_stop, max_minutes=config.max_minutes
@@ -174,7 +178,7 @@ def _fit(
             validation_data=data.test,
             validation_steps=config.eval_steps,
             callbacks=[
-                build.make_mfu(config, data, trainer),
+                observers.make_mfu(config, data, trainer),
                 *watching,
                 *callbacks,
             ],
@@ -194,7 +198,7 @@ def _conclude(
     config: TrainConfig, run_dir: RunDir, trainer: Any, results: Any
 ) -> str:
     """Saves the model of a run that came to its end; tells how it ended."""
-    from launch import build
+    from launch import build, observers
 
     if trainer.stop_reason:
         where = "there"
@@ -211,7 +215,7 @@ def _conclude(
             "epochs; raise --epochs, pass another --run_dir, or --resume=never"
         )
     build.save_model(trainer, run_dir.model)
-    lines = [] if results is None else [build.describe_average(results)]
+    lines = [] if results is None else [observers.describe_average(results)]
     size = build.describe_checkpoints(run_dir.checkpoints)
     return "\n".join([*lines, f"results are in {run_dir.path} ({size})"])
 

@@ -1,8 +1,8 @@
 """Proves on this host that your model trains alike on any number of replicas.
 
 Each update is made on one device and on 2 and 4 replicas from the same state,
-and losses, gradients, variables and metrics are compared: with full and with
-smaller batches, with an overflow on one replica, with accumulated gradients,
+and losses, gradients, variables and metrics are compared: with full and smaller
+batches, with an overflow on one replica, with accumulated gradients,
 under XLA, after a save and a restore, and in the precision against float32.
 What differs is named, with the first update, the first variable and the usual
 cause. No GPU is needed. Writes verify.json.
@@ -10,8 +10,9 @@ cause. No GPU is needed. Writes verify.json.
   python -m launch.verify --model=my_package.models:build --dataset=mnist
   python -m launch.verify --precision=mixed_float16 --suites=replicas,overflow
 
-All flags of launch.train hold. Exit status: 0 equivalent, 1 not, 2 wrong
-settings.
+The flags of launch.train that make the model, its data, its optimizer and its
+precision hold; the others would be ignored, and are refused. Exit status: 0
+equivalent, 1 not, 2 wrong settings.
 """
 
 import contextlib
@@ -19,6 +20,7 @@ import dataclasses
 import functools
 import pathlib
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -27,6 +29,7 @@ from launch.flags import read_command_line
 from launch.quiet import quiet_start
 from launch.train import is_ours
 
+# As in dist_amp.verify, which would bring TensorFlow; a test compares them.
 SUITES = (
     "replicas",
     "overflow",
@@ -35,6 +38,78 @@ SUITES = (
     "restart",
     "precision",
 )
+
+
+_OWN_REPLICAS = (
+    "this program makes one device and --num_replicas on this host by itself"
+)
+_EXACT_SUMS = (
+    "what gradients lose on their way would be found as a difference, so they "
+    "travel exactly"
+)
+_LENGTH = "each comparison is --num_steps updates long, and ends there"
+_NOTHING_KEPT = "nothing is kept but the certificate, which goes to --json"
+
+# Settings of training that would be ignored, and what there is instead.
+IGNORED = {
+    **dict.fromkeys(
+        (
+            "strategy",
+            "devices",
+            "num_logical_cpus",
+            "all_reduce",
+            "tpu",
+            "tpu_zone",
+            "tpu_project",
+            "workers",
+            "task_index",
+            "startup_timeout",
+            "collective_timeout",
+            "heartbeat_timeout",
+        ),
+        _OWN_REPLICAS,
+    ),
+    **dict.fromkeys(
+        ("wire_dtype", "wire_check_interval", "wire_error_bound"), _EXACT_SUMS
+    ),
+    "jit_compile": "the suite xla compares training with it and without",
+    "data_service": "batches are read here; a service gives the same ones",
+    "compilation_cache": "what XLA compiles here is not kept",
+    "deterministic": "on CPUs all runs of one seed have the same bits",
+    "test_split": "metrics are those of the training's own examples",
+    "initial_weights": "weights are new ones, of --seed",
+    **dict.fromkeys(
+        (
+            "steps_per_loop",
+            "eval_steps",
+            "max_minutes",
+            "profile_steps",
+            "dry_run",
+        ),
+        _LENGTH,
+    ),
+    **dict.fromkeys(
+        (
+            "run_dir",
+            "resume",
+            "checkpoint_dir",
+            "save_every_epochs",
+            "save_every_steps",
+            "save_every_minutes",
+            "keep_checkpoints",
+            "keep_best",
+            "keep_every",
+            "rollback_on",
+            "max_rollbacks",
+            "rollback_lower",
+            "rollback_factor",
+            "tensorboard_graph",
+            "histogram_every_epochs",
+        ),
+        _NOTHING_KEPT,
+    ),
+}
+_OF_SCHEDULES = ("epochs", "steps", "steps_per_epoch")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +124,7 @@ class VerifyConfig(TrainConfig):
     json: str = flag("verify.json", "Where the certificate goes as JSON.")
 
     def __post_init__(self) -> None:
+        self._check_ignored()
         super().__post_init__()
         check_positive(self, "num_steps")
         unknown = [name for name in self.suites if name not in SUITES]
@@ -63,22 +139,28 @@ class VerifyConfig(TrainConfig):
                     "--num_replicas must be numbers greater than 1, as 2,4. "
                     f"Received {','.join(self.num_replicas)}."
                 )
-        if self.wire_dtype != "float32":
-            raise ConfigError(
-                "--wire_dtype makes sums of replicas inexact, which is what "
-                "would be found: drop it."
-            )
-        for name in ("tpu", "workers", "devices", "num_logical_cpus"):
-            if getattr(self, name):
+
+    def _check_ignored(self) -> None:
+        ignored = dict(IGNORED)
+        if self.schedule == "constant":
+            why = f"{_LENGTH}; only a --schedule asks for training's own length"
+            ignored |= dict.fromkeys(_OF_SCHEDULES, why)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ignored and value != field.default:
                 raise ConfigError(
-                    f"--{name} contradicts this program, which splits this "
-                    "host's CPU into --num_replicas: drop it."
+                    f"--{field.name} would be ignored: {ignored[field.name]}. "
+                    f"Received {_text(value)}; drop it."
                 )
 
     @property
     def replicas(self) -> tuple[int, ...]:
         """`num_replicas` as numbers."""
         return tuple(map(int, self.num_replicas))
+
+
+def _text(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)
 
 
 def run() -> None:
@@ -106,24 +188,26 @@ def verify(config: VerifyConfig) -> int:
 
         import dist_amp
         from dist_amp import strategy
-        from launch import build
+        from launch import inputs, models, updates
 
         # Which takes the same function of many trainers for one retraced.
         tf.get_logger().setLevel("ERROR")
         strategy.use_logical_cpus(max(config.replicas))
         strategy.find_devices()  # which initializes them
     with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it prepares
-        data = build.load_data(config)
+        data = inputs.load_data(config)
     # On one device, too: fused batch norm rounds otherwise.
     model_fn = functools.partial(
-        build.make_model, config, data, synchronized=True
+        models.make_model, config, data, synchronized=True
     )
     with quiet_start():  # float16 on CPUs has its own chatter
         certificate = dist_amp.verify(
             model_fn,
             data.train,
-            optimizer_fn=functools.partial(build.make_optimizer, config, data),
-            loss=build.make_loss(config, model_fn()),
+            optimizer_fn=functools.partial(
+                updates.make_optimizer, config, data
+            ),
+            loss=models.make_loss(config, model_fn()),
             metrics=config.metrics,
             precision=config.precision,
             num_steps=config.num_steps,

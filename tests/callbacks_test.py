@@ -5,9 +5,16 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
+import tensorflow as tf
 
-from dist_amp.callbacks import JsonLines, Progress, describe_epoch
+from dist_amp.callbacks import (
+    JsonLines,
+    Progress,
+    as_json,
+    describe_epoch,
+)
 from dist_amp.meter import MEASURED
 
 TRAIN_LOGS = {
@@ -164,6 +171,23 @@ def test_what_json_cannot_hold_becomes_a_word(tmp_path):
     callback.on_epoch_end(0, {"loss": float("nan")})
     (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert json.loads(line, parse_constant=pytest.fail)["loss"] == "nan"
+
+
+def test_any_number_and_array_is_json():
+    values = {
+        "list": [1.0, float("nan")],
+        "numpy": np.float32(0.5),
+        "array": np.array([[1, 2]]),
+        "tensor": tf.constant([float("inf")]),
+        "text": "a",
+    }
+    assert json.loads(as_json(values), parse_constant=pytest.fail) == {
+        "list": [1.0, "nan"],
+        "numpy": 0.5,
+        "array": [[1, 2]],
+        "tensor": ["inf"],
+        "text": "a",
+    }
 
 
 def test_lines_that_a_full_disk_refuses_come_when_there_is_room(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from dist_amp import data, steps, stream
+from dist_amp import data, sources, steps, stream
 
 
 def batches(num_examples, batch_size, *more):
@@ -126,16 +126,16 @@ def test_an_element_of_four_parts_is_refused():
 
 
 def test_digits_need_no_network_and_are_prepared_once(tmp_path):
-    builder = data.prepare_tfds("digits", str(tmp_path))
+    builder = sources.prepare_tfds("digits", str(tmp_path))
     written = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.*")}
-    builder = data.prepare_tfds("digits", str(tmp_path))
+    builder = sources.prepare_tfds("digits", str(tmp_path))
     assert written == {path: path.stat().st_mtime_ns for path in written}
-    assert data.num_classes_of(builder) == 10
-    assert data.test_split_of(builder) == "test"
-    train = data.read_tfds(
+    assert sources.num_classes_of(builder) == 10
+    assert sources.test_split_of(builder) == "test"
+    train = sources.read_tfds(
         builder, "train", global_batch_size=100, shuffle_seed=1
     )
-    test = data.read_tfds(builder, "test", global_batch_size=100)
+    test = sources.read_tfds(builder, "test", global_batch_size=100)
     train = stream.one_pass(train)
     assert (stream.length_of(train), stream.length_of(test)) == (15, 4)
     x, y = next(iter(train))
@@ -151,10 +151,10 @@ def test_digits_are_shuffled_anew_each_pass_and_alike_for_a_seed(
 ):
     """In memory and from files alike."""
     monkeypatch.setattr(data, "MAX_BYTES_IN_MEMORY", max_bytes)
-    builder = data.prepare_tfds("digits", str(tmp_path))
+    builder = sources.prepare_tfds("digits", str(tmp_path))
 
     def labels(number, seed=3):
-        dataset = data.read_tfds(
+        dataset = sources.read_tfds(
             builder, "train", global_batch_size=1437, shuffle_seed=seed
         )
         ((_, y),) = dataset(tf.constant(number, tf.int64))

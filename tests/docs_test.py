@@ -1,4 +1,4 @@
-"""The code in README.md and in the docstrings runs and says what it says."""
+"""The code in README.md, docs/ and the docstrings runs, and is right."""
 
 import doctest
 import importlib
@@ -17,19 +17,30 @@ import tensorflow as tf
 import dist_amp
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+# docs/moving.md has a test of its own.
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES.remove(ROOT / "docs" / "moving.md")
+TEXT = "\n".join(page.read_text() for page in PAGES)
 MODULES = ["optimizer", "precision", "strategy", "trainer", "loss_scale"]
 MODULES += ["schedule", "checkpoint", "rollback", "cloud_tpu", "verify"]
 MODULES += ["ranges", "numerics", "auto_layers", "lars", "losses", "export"]
+MODULES += ["loading"]
 
 
 def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return re.findall(rf"```{language}\n(.*?)```", TEXT, re.DOTALL)
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_of_the_readme_runs(code):
-    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+def test_python_of_the_pages_runs(code):
+    exec(compile(code, "page.md", "exec"), {"__name__": "page"})
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    missing = [x for x in links if not (page.parent / x).exists()]
+    assert not missing
 
 
 def test_the_readmes_loop_is_the_same_on_two_replicas():

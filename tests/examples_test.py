@@ -24,7 +24,7 @@ def _cpus(monkeypatch):
 
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=str)
 def test_each_is_short_and_says_what_it_shows(path):
-    lines = list(filter(str.strip, path.read_text().splitlines()))
+    lines = path.read_text().splitlines()
     assert len(lines) < 80
     assert lines[0].startswith('"""')
     assert f"python examples/{path.name}" in path.read_text()

@@ -8,6 +8,7 @@ import pytest
 import tensorflow as tf
 
 from dist_amp import export
+from dist_amp.models import transformer_lm
 from launch import export as program
 from launch.config import ConfigError
 from launch.export import ExportConfig
@@ -121,6 +122,19 @@ def test_a_model_without_configuration_is_a_saved_model(tmp_path):
     (expected,) = export.outputs_in_float32(trainer.model, x)
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
     assert trainer.model.dense.compute_dtype == "float16"
+
+
+def test_layers_of_this_library_are_in_no_keras_file(tmp_path):
+    model = transformer_lm.build(
+        input_shape=(4,), num_layers=1, width=8, num_heads=2, vocabulary=11
+    )
+    tokens = np.array([[1, 2, 3, 4]], "int32")
+    with pytest.raises(ValueError, match="needs dist_amp, for its layers"):
+        export.export(model, tmp_path / "model.keras", inputs=tokens)
+    path = tmp_path / "model"
+    export.export(model, path, inputs=tokens, format="saved_model")
+    loaded = tf.saved_model.load(path)
+    np.testing.assert_allclose(loaded.serve(tokens), model(tokens), atol=1e-5)
 
 
 @pytest.mark.parametrize(

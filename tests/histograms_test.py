@@ -148,11 +148,12 @@ def test_a_skipped_update_leaves_the_newest_that_was_applied():
     assert np.abs(before[0]).max() > 0
 
 
-def test_the_flag_writes_them_beside_the_scalars(tmp_path):
+def test_flags_write_them_and_the_graph_beside_the_scalars(tmp_path):
     config = TrainConfig(
         run_dir=str(tmp_path),
         epochs=1,
         histogram_every_epochs=1,
+        tensorboard_graph=True,
         precision="float32",
     )
     assert train.train(config, RunDir(config.directory)) == 0
@@ -160,6 +161,13 @@ def test_the_flag_writes_them_beside_the_scalars(tmp_path):
     kinds = {tag.partition("/")[0] for tag in tags}
     assert kinds == {"gradients", "weights"}
     assert len(tags) == 8
+    (graph,) = (
+        event.graph_def
+        for path in (tmp_path / "tensorboard" / "train").glob("events*")
+        for event in tf.compat.v1.train.summary_iterator(str(path))
+        if event.graph_def
+    )
+    assert b"train_loop" in graph or b"while" in graph
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import tensorflow as tf
 import dist_amp
 from dist_amp.lars import LARS
 from dist_amp.losses import SmoothedCrossentropy
-from launch import build
+from launch import inputs, models, updates
 from launch.config import OPTIMIZERS, ConfigError, TrainConfig
 from tests import support
 
@@ -51,14 +51,17 @@ def test_norms_and_biases_are_not_adapted_and_do_not_decay(name):
 
 
 @pytest.mark.parametrize(
-    ("weights", "gradient"),
-    [([0.0, 0.0], [0.0, 2.0]), ([3.0, 4.0], [0.0, 0.0])],
+    ("weights", "gradient", "expected"),
+    [
+        ([0.0, 0.0], [0.0, 2.0], [0.0, -1.0]),
+        # Half of a tenth of the weights, which alone would be as large.
+        ([3.0, 4.0], [0.0, 0.0], [2.85, 3.8]),
+    ],
 )
-def test_the_ratio_is_one_where_a_norm_is_zero(weights, gradient):
-    optimizer = LARS(0.5, momentum=0.0)
-    expected = np.subtract(weights, np.multiply(0.5, gradient))
+def test_the_ratio_is_one_where_a_norm_is_zero(weights, gradient, expected):
+    optimizer = LARS(0.5, momentum=0.0, weight_decay=0.1)
     np.testing.assert_allclose(
-        updated(optimizer, [gradient], weights), expected
+        updated(optimizer, [gradient], weights), expected, rtol=1e-6
     )
 
 
@@ -117,14 +120,14 @@ class Decaying(keras.Model):
 def decayed(num_replicas, **settings):
     """Names of variables that an update without gradient makes smaller."""
     config = TrainConfig(learning_rate=0.5, weight_decay=0.5, **settings)
-    data = build.Data(tf.data.Dataset.from_tensors(tf.zeros([4])), None, None)
+    data = inputs.Data(tf.data.Dataset.from_tensors(tf.zeros([4])), None, None)
     strategy = support.make_strategy(num_replicas)
     with dist_amp.scope(strategy, "float32"):
         model = Decaying()
         model(tf.zeros([1, 2], tf.int32))
         for variable in model.variables:
             variable.assign(tf.ones(variable.shape))
-        optimizer = build.make_optimizer(config, data)
+        optimizer = updates.make_optimizer(config, data)
         optimizer.build(model.trainable_variables)
     zeros = [tf.zeros(v.shape) for v in model.trainable_variables]
     strategy.run(lambda: optimizer.apply(zeros))
@@ -157,17 +160,17 @@ def test_what_does_not_decay_can_be_chosen():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_every_optimizer_of_the_flag_is_made(name):
     config = TrainConfig(optimizer=name)
-    data = build.Data(tf.data.Dataset.from_tensors(tf.zeros([4])), None, None)
-    made = build.make_optimizer(config, data).inner_optimizer
+    data = inputs.Data(tf.data.Dataset.from_tensors(tf.zeros([4])), None, None)
+    made = updates.make_optimizer(config, data).inner_optimizer
     assert type(made).__name__.lower() == name
 
 
 def test_an_optimizers_options_are_typed():
-    data = build.Data(tf.data.Dataset.from_tensors(tf.zeros([4])), None, None)
+    data = inputs.Data(tf.data.Dataset.from_tensors(tf.zeros([4])), None, None)
 
     def make(*options, **settings):
         config = TrainConfig(optimizer_option=options, **settings)
-        return build.make_optimizer(config, data).inner_optimizer
+        return updates.make_optimizer(config, data).inner_optimizer
 
     assert make("beta_2=0.95").beta_2 == 0.95
     assert make("nesterov=true", optimizer="sgd").nesterov is True
@@ -221,11 +224,11 @@ def test_smoothed_labels_are_keras_own_on_vectors(from_logits):
 
 def test_smoothing_by_flag():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
-    loss = build.make_loss(TrainConfig(label_smoothing=0.1), model)
+    loss = models.make_loss(TrainConfig(label_smoothing=0.1), model)
     assert isinstance(loss, SmoothedCrossentropy)
     assert (loss.smoothing, loss.from_logits) == (0.1, True)
     config = TrainConfig(loss="CategoricalCrossentropy", label_smoothing=0.1)
-    config_of_loss = build.make_loss(config, model).get_config()
+    config_of_loss = models.make_loss(config, model).get_config()
     assert config_of_loss["label_smoothing"] == 0.1
     copy = SmoothedCrossentropy.from_config(loss.get_config())
     assert copy.get_config() == loss.get_config()

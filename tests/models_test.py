@@ -17,8 +17,9 @@ from dist_amp.models import (
     transformer,
     transformer_lm,
 )
-from launch import build
+from launch import inputs, models
 from launch.config import ConfigError, TrainConfig
+from launch.options import read_options
 from tests import support
 
 SMALL = {"num_layers": 1, "width": 8, "num_heads": 2, "vocabulary": 11}
@@ -32,7 +33,7 @@ def digits(**settings):
     config = TrainConfig(global_batch_size=8, **settings)
     x, y = tf.zeros([8, 8, 8, 1]), tf.zeros([8], tf.int32)
     batches = tf.data.Dataset.from_tensors((x, y))
-    return config, build.Data(batches, None, num_classes=10)
+    return config, inputs.Data(batches, None, num_classes=10)
 
 
 # ------------------------------------------------------------ published sizes
@@ -97,6 +98,24 @@ def test_a_language_model_sees_no_later_token():
     one, other = model(tokens).numpy(), model(changed).numpy()
     np.testing.assert_allclose(one[:, :3], other[:, :3], atol=1e-6)
     assert np.abs(one[:, 3:] - other[:, 3:]).max(axis=-1).min() > 1e-4
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_attention_of_large_numbers_stays_within_float16(dropout):
+    """Products of 64 x 40 x 40 are beyond float16 until they are scaled."""
+    layer = transformer.SelfAttention(1, dropout=dropout, dtype="float16")
+    layer.build((1, 2, 64))
+    layer.inward.kernel.assign(np.tile(np.eye(64), 3))
+    layer.outward.kernel.assign(np.eye(64))
+    found = layer(np.full((1, 2, 64), 40.0, "float16"))
+    np.testing.assert_allclose(found, np.full((1, 2, 64), 40.0))
+
+
+def test_a_mean_of_thousands_in_float16_and_of_no_token():
+    x = tf.fill([2, 8192, 2], tf.constant(9.0, tf.float16))
+    is_token = tf.constant([[True], [False]]) & tf.ones([1, 8192], tf.bool)
+    found = encoder._pooled(x, is_token, "mean")
+    np.testing.assert_array_equal(found, [[9.0, 9.0], [0.0, 0.0]])
 
 
 @pytest.mark.parametrize("pooling", ["first", "mean"])
@@ -254,7 +273,7 @@ def test_batch_norm_is_synchronized_where_there_are_replicas():
 def test_a_comparison_takes_the_same_operations_on_one_device():
     for option, expected in ((), True), (("synchronized=false",), False):
         config, data = digits(model="convnet", model_option=option)
-        model = build.make_model(config, data, synchronized=True)
+        model = models.make_model(config, data, synchronized=True)
         norms = [x for x in model.layers if hasattr(x, "synchronized")]
         assert {layer.synchronized for layer in norms} == {expected}
 
@@ -277,7 +296,7 @@ def test_a_comparison_takes_the_same_operations_on_one_device():
 )
 def test_a_models_name_builds_for_the_data(settings, shape):
     config, data = digits(**settings)
-    model = build.make_model(config, data)
+    model = models.make_model(config, data)
     assert model(next(iter(data.train))[0]).shape == shape
     if settings["model"] == "mlp":
         hidden = 4 if "model_option" in settings else 64
@@ -292,9 +311,9 @@ def test_a_model_of_keras_is_built_for_the_data():
     examples = (tf.zeros([2, 32, 32, 3]), tf.zeros([2], tf.int32))
     batches = tf.data.Dataset.from_tensors(examples)
     with support.make_strategy(2).scope():
-        model = build.make_model(config, build.Data(batches, None, 7))
+        model = models.make_model(config, inputs.Data(batches, None, 7))
     assert model.output_shape == (None, 7)
-    assert not build._ends_in_probabilities(model)
+    assert not models._ends_in_probabilities(model)
     assert not any(
         isinstance(layer, keras.layers.Rescaling) for layer in model.layers
     )
@@ -319,7 +338,7 @@ def test_a_model_of_keras_is_built_for_the_data():
 )
 def test_wrong_options_are_named(option, message):
     with pytest.raises(ConfigError, match=message):
-        build.make_model(*digits(model="convnet", model_option=(option,)))
+        models.make_model(*digits(model="convnet", model_option=(option,)))
 
 
 def test_options_are_typed_as_the_function_has_them():
@@ -327,7 +346,7 @@ def test_options_are_typed_as_the_function_has_them():
         pass
 
     texts = ["a=3", "b=none", "c=4", "d=1", "e=x", "f=false"]
-    found = build.read_options("model_option", texts, function)
+    found = read_options("model_option", texts, function)
     assert found == {
         "a": 3,
         "b": None,

@@ -1,13 +1,15 @@
 """What is told of a skipped update: replica, variables, scale, batch."""
 
 import logging
+import pathlib
 import sys
 
 import keras
 import pytest
 import tensorflow as tf
 
-from dist_amp import replay
+import dist_amp
+from dist_amp import replay, storage
 from tests import support
 
 NUM_BATCHES = 5
@@ -184,6 +186,44 @@ def test_a_replay_arrives_with_the_runs_weights(tmp_path):
         support.read(again.model.variables),
         support.read(run.model.variables),
     )
+
+
+@pytest.mark.parametrize("is_told", [True, False], ids=["later", "policy"])
+def test_a_replay_passes_over_what_the_run_went_back_for(tmp_path, is_told):
+    x, y = support.make_arrays(NUM_BATCHES * support.GLOBAL_BATCH)
+    x[(BAD_BATCH - 1) * support.GLOBAL_BATCH] = float("nan")
+    policy = dist_amp.RollbackPolicy(lower="learning_rate")
+    options = {"checkpoint_dir": str(tmp_path), "rollback": policy}
+
+    def dataset(number):
+        return support.batched((x, y))
+
+    run = support.make_trainer()
+    run.fit(dataset, verbose=0, **options)
+    assert run.model.history.history["rollbacks"] == [1]
+    if not is_told:
+        storage.remove(storage.find(str(tmp_path))[-1])
+    again = support.make_trainer()
+    found = replay.replay(again, dataset, 4, **options)
+    assert (found.batch, found.is_skipped) == (NUM_BATCHES, False)
+    again.train_on(dataset(0).skip(NUM_BATCHES - 1))
+    support.assert_close(
+        support.read(again.model.variables), support.read(run.model.variables)
+    )
+    assert float(again.optimizer.learning_rate) == pytest.approx(
+        float(run.optimizer.learning_rate)
+    )
+
+
+def test_a_replay_starts_from_a_whole_checkpoint(tmp_path):
+    run = make_trainer()
+    run.fit(poisoned(), epochs=2, checkpoint_dir=tmp_path, verbose=0)
+    first, last = storage.find(str(tmp_path))
+    assert replay.newest_before(str(tmp_path), 11) == last
+    (file,) = pathlib.Path(last).glob("tensors.data-*")
+    file.write_bytes(file.read_bytes()[:-1])
+    assert replay.newest_before(str(tmp_path), 11) == first
+    assert replay.newest_before(str(tmp_path), 5) is None
 
 
 class _Ends(keras.callbacks.Callback):

@@ -68,6 +68,14 @@ def test_replicas_share_the_batch():
     assert made.all_reduce_bytes == 4 * PARAMETERS
 
 
+def test_a_wire_in_eight_bits_keeps_what_gradients_lost():
+    plain, quantized = (
+        make_plan(num_replicas=2, wire=wire) for wire in ("float32", "int8")
+    )
+    assert quantized.optimizer_bytes - plain.optimizer_bytes == 4 * PARAMETERS
+    assert make_plan(wire="int8").optimizer_bytes == plain.optimizer_bytes
+
+
 def test_a_wire_in_float16_is_half_the_bytes():
     made = make_plan(num_replicas=2, wire="float16")
     assert made.all_reduce_bytes == 2 * PARAMETERS
@@ -114,6 +122,38 @@ def test_what_is_kept_for_the_backward_pass():
 
     graph = gradient.get_concrete_function(tf.TensorSpec([2, 4])).graph
     assert graphs.kept_bytes(graph) == 4 * 10  # y, for tanh and for the square
+
+
+def test_what_a_loop_keeps_for_the_backward_pass():
+    @tf.function
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.while_loop(
+                lambda i, x: i < 5,
+                lambda i, x: (i + 1, tf.tanh(x)),
+                [0, x],
+                maximum_iterations=5,
+            )[1]
+        return tape.gradient(y, x)
+
+    graph = gradient.get_concrete_function(tf.TensorSpec([10])).graph
+    # Of each round tanh, and how many rounds there were.
+    assert graphs.kept_bytes(graph) == 5 * 4 * 10 + 4
+
+
+def test_a_gradient_that_nothing_needs_does_not_count():
+    """Of a first convolution's input: the operation is there, and not run."""
+    kernel = tf.Variable(tf.ones([3, 3, 4, 6]))
+
+    def gradient(x):
+        with tf.GradientTape() as tape:
+            y = tf.nn.conv2d(x, kernel, strides=1, padding="SAME")
+            loss = tf.reduce_sum(y * y)
+        return tape.gradient(loss, kernel)
+
+    forward = 2 * (2 * 8 * 8 * 6) * (3 * 3 * 4)
+    assert flops(gradient, [2, 8, 8, 4]) == (2 * forward, 0)
 
 
 @pytest.mark.parametrize(
@@ -212,7 +252,9 @@ def test_memory_of_variables_and_of_this_process():
     assert memory.bytes_of(variables) == 3 * 4 * 2 + 4
     before = memory.peak_bytes(support.make_strategy(1))
     block = np.ones(2**24)  # 128 MiB
+    in_use = memory.bytes_in_use(support.make_strategy(1))
     after = memory.peak_bytes(support.make_strategy(1))
+    assert after >= in_use > 2**27
     assert after >= before > 2**26
     assert block.sum() == 2**24
 

@@ -10,8 +10,9 @@ import tensorflow as tf
 from absl import flags
 
 import dist_amp
+from dist_amp import stream
 from dist_amp.datasets import cifar10, imagenet, tokens
-from launch import build
+from launch import build, hardware, inputs, models
 from launch.config import TrainConfig
 from launch.flags import read_command_line
 from tests import support
@@ -31,7 +32,7 @@ def stub(shape, dtype, labels=(), num_classes=None):
     batches = tf.data.Dataset.from_tensors(
         (x, tf.zeros([4, *labels], tf.int32))
     )
-    return build.Data(batches.repeat(2000), None, num_classes)
+    return inputs.Data(batches.repeat(2000), None, num_classes)
 
 
 STUBS = {
@@ -71,7 +72,7 @@ def test_a_recipe_says_what_it_reaches_and_whether_it_was_run(name):
 
 @pytest.mark.parametrize("name", STUBS)
 def test_a_recipes_model_has_the_published_size(name):
-    model = build.make_model(read(name), stub(*STUBS[name]))
+    model = models.make_model(read(name), stub(*STUBS[name]))
     if not model.built:
         model.build((None, *STUBS[name][0]))
     found = sum(int(np.prod(v.shape)) for v in model.trainable_variables)
@@ -86,7 +87,7 @@ def test_a_recipes_step_is_traced_on_two_replicas(name):
     strategy = support.make_strategy(2)
     with dist_amp.scope(strategy, "float32") as precision:
         pass
-    devices = build.Devices(strategy, "mirrored", "", precision)
+    devices = hardware.Devices(strategy, "mirrored", "", precision)
     data = stub(*STUBS[name])
     trainer = build.make_trainer(config, devices, data)
     trainer.build(data.train)
@@ -120,7 +121,7 @@ def test_cifar10_is_shifted_and_mirrored():
     assert_changes_each_pass(passes)
     x, y = first_batch(passes, 0)
     assert (x.shape, y.shape) == ((4, 32, 32, 3), (4,))
-    rows = cifar10.batches(examples(32), 1, None).unbatch()
+    rows = stream.one_pass(cifar10.batches(examples(32), 1, None)).unbatch()
     plain = {int(y): x for x, y in rows.as_numpy_iterator()}
     for image, label in zip(x.numpy(), y.numpy(), strict=True):
         assert is_shifted(plain[int(label)], image)
@@ -141,7 +142,7 @@ def test_imagenet_is_cropped_to_one_size():
     passes = imagenet.batches(jpegs, 4, seed=3)
     assert_changes_each_pass(passes)
     assert first_batch(passes, 0)[0].shape == (4, 224, 224, 3)
-    x, y = next(iter(imagenet.batches(jpegs, 4, None)))
+    x, y = first_batch(imagenet.batches(jpegs, 4, None), 0)
     assert x.shape == (4, 224, 224, 3)
     assert list(y.numpy()) == [0, 1, 2, 3]
     # The middle square of 61 of 70 rows, its top left corner in place.

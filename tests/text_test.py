@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from dist_amp import data
 from dist_amp.datasets import text
-from launch import build
+from launch import build, hardware, inputs
 from launch.config import ConfigError, TrainConfig
 
 README = pathlib.Path(__file__).resolve().parent.parent / "README.md"
@@ -78,8 +78,8 @@ def test_a_transformer_learns_the_readme(tmp_path):
         precision="float32",
         devices=("CPU:0", "CPU:1"),
     )
-    devices = build.make_devices(config)
-    found = build.load_data(config)
+    devices = hardware.make_devices(config)
+    found = inputs.load_data(config)
     trainer = build.make_trainer(config, devices, found)
     before = trainer.evaluate(found.test)["loss"]
     trainer.fit(found.train, epochs=1, verbose=0)
@@ -94,7 +94,7 @@ def test_an_option_that_the_data_does_not_take_is_an_error():
     name = "dist_amp.datasets.text:build"
     config = TrainConfig(dataset=name, dataset_option=("lengt=4",))
     with pytest.raises(ConfigError, match="must be one of length"):
-        build.load_data(config)
+        inputs.load_data(config)
 
 
 if __name__ == "__main__":

@@ -286,6 +286,32 @@ def test_xla_and_synchronized_layers_are_refused_together():
         fit(support.make_trainer(make_model, num_replicas=2, jit_compile=True))
 
 
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_xla_and_a_masked_mean_are_refused_on_replicas(num_replicas):
+    def make_model():
+        return keras.Sequential(
+            [
+                keras.Input((4,), dtype="int32"),
+                keras.layers.Embedding(5, 2, mask_zero=True),
+                keras.layers.Dense(support.NUM_CLASSES),
+            ]
+        )
+
+    def train(**options):
+        trainer = support.make_trainer(
+            make_model, num_replicas=num_replicas, jit_compile=True, **options
+        )
+        return trainer.train_on(support.batched((tokens, tokens % 3)))["loss"]
+
+    tokens = np.array([[1, 2, 0, 0], [3, 4, 1, 0]])
+    if num_replicas == 1:
+        assert train() > 0
+        return
+    with pytest.raises(ValueError, match=r"Keras mask.*--nojit_compile"):
+        train()
+    assert train(loss=support.make_loss(reduction="sum")) > 0
+
+
 def test_nothing_to_minimize_is_an_error():
     with pytest.raises(ValueError, match="nothing to minimize"):
         fit(support.make_trainer(loss=None))

@@ -1,5 +1,6 @@
 """The certificate: wrong trainings are caught and named, right ones pass."""
 
+import functools
 import json
 import re
 import sys
@@ -10,7 +11,10 @@ import pytest
 import tensorflow as tf
 
 import dist_amp
-from dist_amp.verify import SUITES
+from dist_amp import difference, subject
+from dist_amp import strategy as strategy_lib
+from dist_amp.certificate import Case, Certificate
+from dist_amp.verify import SUITES, restart_tolerance
 from tests import support
 
 F, C = support.NUM_FEATURES, support.NUM_CLASSES
@@ -102,6 +106,45 @@ class MeanOfMeans(MeanOfSlice):
         self.metrics.update(
             batch, self.compute_loss(batch, predictions), predictions
         )
+
+
+class TellsMean(Overridden):
+    def train_step(self, batch):
+        _, predictions, gradients = self.compute_gradients(batch)
+        self.optimizer.apply(gradients, self.model.trainable_variables)
+        mean = tf.reduce_mean(self.loss.call(batch.y, predictions))
+        self.metrics.update(batch, mean, predictions)
+
+
+class KeepsCenter(dist_amp.Trainer):
+    """Adds up means of slices as if they were shares of one mean."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        with self.strategy.scope():
+            self.center = tf.Variable(tf.zeros([F]), name="center")
+
+    def state(self):
+        return {**super().state(), "center": [self.center]}
+
+    def train_step(self, batch):
+        super().train_step(batch)
+        context = tf.distribute.get_replica_context()
+        mean = tf.reduce_mean(batch.x, axis=0)
+        self.center.assign(context.all_reduce("SUM", mean))
+
+
+class CountsReplicas(keras.optimizers.SGD):
+    """Keeps a number that is of no use, and another on two replicas."""
+
+    def build(self, variables):
+        super().build(variables)
+        self.seen = self.add_variable((), name="seen")
+
+    def update_step(self, gradient, variable, learning_rate):
+        replicas = tf.distribute.get_strategy().num_replicas_in_sync
+        self.assign_add(self.seen, float(replicas))
+        super().update_step(gradient, variable, learning_rate)
 
 
 class DividesTwice(Overridden):
@@ -231,6 +274,30 @@ def make_large():
     return around(layers.Rescaling(1e5), layers.LayerNormalization())
 
 
+def make_rounded():
+    """A thousand is added and taken away, which bfloat16 cannot do."""
+    return keras.Sequential(
+        [
+            keras.Input((F,)),
+            layers.Dense(8, bias_initializer=keras.initializers.Constant(1e3)),
+            layers.Rescaling(1.0, offset=-1e3),
+            layers.Dense(C),
+        ]
+    )
+
+
+def make_overflowing():
+    """At a loss scale of 2**15 its whole gradient is too large by half."""
+    return keras.Sequential(
+        [keras.Input((1,)), layers.Dense(C, kernel_initializer="zeros")]
+    )
+
+
+def overflowing_dataset():
+    arrays = np.full([24, 1], 4.5, "float32"), np.zeros(24, "int32")
+    return support.batched(arrays)
+
+
 WRONG = {
     "batch norm": (
         {"make_model": lambda: around(layers.BatchNormalization())},
@@ -295,6 +362,38 @@ WRONG = {
         {"metrics": [MeanOfMeansMetric()]},
         "metric mean_of_means averages what replicas averaged",
     ),
+    "loss told wrongly": (
+        {"trainer": TellsMean},
+        "loss that is told differs, the gradients do not",
+    ),
+    "optimizer counts replicas": (
+        {"optimizer_fn": CountsReplicas},
+        "optimizer's variable counts_replicas.*/seen depends on the number",
+    ),
+    "state of the trainer's own": (
+        {"trainer": KeepsCenter},
+        r"center \(of `Trainer.state`\) depends on how a batch is split",
+    ),
+    "loss is not scaled": (
+        {
+            "trainer": MeanOfSlice,
+            "precision": "mixed_float16",
+            "suites": ["precision"],
+        },
+        "your `train_step` does not scale the loss",
+    ),
+    "not finite at all": (
+        {"make_model": lambda: around(layers.Activation(keras.ops.log))},
+        "not finite on one device in float32: update 1, loss",
+    ),
+    "rewritten to bfloat16": (
+        {
+            "make_model": make_rounded,
+            "precision": "graph_bfloat16",
+            "suites": ["precision"],
+        },
+        "bfloat16 loses what this model needs",
+    ),
     "not for XLA": (
         {"make_model": lambda: around(Speaks()), "suites": ["xla"]},
         "AsString",
@@ -303,17 +402,34 @@ WRONG = {
         {
             "make_model": make_large,
             "precision": "mixed_float16",
-            "suites": ["precision"],
+            "suites": ["replicas", "precision"],
         },
-        "launch.numerics",
+        r"one update after another was skipped[\s\S]*launch.numerics[\s\S]*"
+        "float16 overflows at any loss scale",
+    ),
+    "skipped on one device only": (
+        {
+            "make_model": make_overflowing,
+            "dataset": overflowing_dataset(),
+            "optimizer_fn": lambda: dist_amp.wrap_optimizer(
+                support.make_sgd(), loss_scale=2.0**15
+            ),
+            "precision": "mixed_float16",
+        },
+        "not on both, .* lower loss scale",
     ),
 }
 
 
+@functools.cache
+def certificate_of(name):
+    return certify(**{"num_steps": 2, **WRONG[name][0]})
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_training_is_caught_and_named(name):
-    options, cause = WRONG[name]
-    certificate = certify(**options)
+    _, cause = WRONG[name]
+    certificate = certificate_of(name)
     failed = [case for case in certificate.cases if not case.passed]
     assert not certificate.passed
     assert failed
@@ -329,8 +445,9 @@ def make_convnet():
     return keras.Sequential(
         [
             keras.Input((6, 6, 2)),
-            layers.Conv2D(4, 3, activation="relu"),
+            layers.Conv2D(4, 3),  # with a bias, whose gradient is noise
             layers.BatchNormalization(synchronized=True),
+            layers.ReLU(),
             layers.GlobalAveragePooling2D(),
             layers.Dense(C, dtype="float32"),
         ]
@@ -376,6 +493,17 @@ def make_shared():
     return keras.Model([left, right], layers.Dense(C, dtype="float32")(x))
 
 
+class Tempered(Overridden):
+    """Takes an argument of its own."""
+
+    def __init__(self, *args, temperature, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.temperature = temperature
+
+    def loss_of(self, batch, predictions):
+        return self.compute_loss(batch, predictions / self.temperature)
+
+
 def make_frozen():
     model = support.make_mlp()
     model.layers[0].trainable = False
@@ -393,15 +521,32 @@ def shared_dataset():
 
 
 RIGHT = {
-    "mlp in bfloat16": {"precision": "mixed_bfloat16", "num_replicas": [4]},
-    "mlp in float16": {
+    "an overflow in float16": {
         "precision": "mixed_float16",
-        "suites": ["replicas", "overflow", "precision"],
+        "suites": ["overflow"],
+    },
+    "float16 that overflows as a whole": {
+        "make_model": make_overflowing,
+        "dataset": overflowing_dataset,
+        "optimizer_fn": lambda: dist_amp.wrap_optimizer(
+            support.make_sgd(), initial_scale=2.0**17
+        ),
+        "precision": "mixed_float16",
+        "num_steps": 4,
+        "suites": ["replicas", "precision"],
+        "told": "2 replicas, full batches: update 3 was skipped on one side",
+    },
+    "layers that float16 fails, in float32": {
+        "make_model": make_large,
+        "precision": "auto_layers",
+        "suites": ["replicas", "precision"],
+        "told": "one device before the first update: rescaling.*, layer_norm",
     },
     "convolutions, synchronized": {
         "make_model": make_convnet,
         "dataset": images,
-        "num_replicas": [2, 4],
+        "optimizer_fn": keras.optimizers.Adam,
+        "num_replicas": [4],
     },
     "transformer with dropout": {
         "make_model": make_transformer,
@@ -409,6 +554,7 @@ RIGHT = {
         "optimizer_fn": lambda: keras.optimizers.AdamW(
             1e-2, global_clipnorm=1.0
         ),
+        "told": "turned off: multi_head_attention.*/dropout.*, dropout",
     },
     "recurrent, masked": {"make_model": make_rnn, "dataset": tokens},
     "two losses": {
@@ -422,12 +568,13 @@ RIGHT = {
     "shared layers": {"make_model": make_shared, "dataset": shared_dataset},
     "frozen layers": {"make_model": make_frozen},
     "regularized": {"make_model": make_regularized, "metrics": ["accuracy"]},
-    "a step of the user's own": {"trainer": Overridden},
+    "a step of the user's own": {
+        "trainer": functools.partial(Tempered, temperature=2.0)
+    },
     "averaged weights": {
         "optimizer_fn": lambda: support.make_sgd(
             use_ema=True, ema_momentum=0.9
         ),
-        "suites": ["replicas", "restart"],
     },
 }
 
@@ -438,16 +585,18 @@ def test_a_right_training_passes(name):
     for key in ("dataset", "loss"):
         if key in options:
             options[key] = options[key]()
+    told = options.pop("told", "EQUIVALENT")
     certificate = certify(**options)
     assert certificate.passed, str(certificate)
     assert all(case.cause is None for case in certificate.cases)
+    assert re.search(told, str(certificate)), str(certificate)
 
 
 # ---------------------------------------------------------- the certificate
 
 
 def test_it_names_the_first_update_and_variable():
-    certificate = certify(trainer=MeanOfSlice)
+    certificate = certificate_of("mean of the slice")
     again, full, *_ = certificate.cases
     assert (again.name, again.passed) == ("1 device again, full batches", True)
     assert full.first_step == 0
@@ -458,12 +607,23 @@ def test_it_names_the_first_update_and_variable():
 
 
 def test_it_is_json():
-    content = json.loads(certify(num_steps=2).as_json())
-    assert content["passed"] is True
+    case = Case(name="2 replicas", passed=False, max_error=float("inf"))
+    certificate = Certificate(
+        cases=(case,), precision="float32", num_steps=2, turned_off=("a",)
+    )
+    content = json.loads(certificate.as_json())
+    assert content["passed"] is False
     assert content["precision"] == "float32"
+    assert content["turned_off"] == ["a"]
     names = {"name", "passed", "max_error", "tolerance", "first_step"}
     assert set(content["cases"][0]) == names | {"first_variable", "cause"}
-    assert all(case["passed"] for case in content["cases"])
+    assert content["cases"][0]["max_error"] == "inf"
+
+
+def test_where_nothing_was_compared_nothing_is_proved():
+    certificate = certify(suites=["precision"])
+    assert not certificate.passed
+    assert str(certificate).endswith("nothing was compared")
 
 
 def test_every_suite_has_its_cases():
@@ -474,6 +634,7 @@ def test_every_suite_has_its_cases():
         metrics=["accuracy"],
     )
     assert certificate.passed, str(certificate)
+    assert certificate.devices == ("CPU:0", "CPU:1")
     names = [case.name for case in certificate.cases]
     assert names == [
         "1 device again, full batches",
@@ -497,6 +658,54 @@ def test_what_cannot_be_compared_is_left_out_and_told():
     (reason,) = certificate.left_out
     assert reason.startswith("2 replicas, XLA: ")
     assert reason in str(certificate)
+
+
+def test_without_a_loss_scale_there_is_no_overflow_to_skip():
+    certificate = certify(
+        optimizer_fn=lambda: dist_amp.DistributedOptimizer(support.make_sgd()),
+        precision="mixed_float16",
+        suites=["overflow"],
+    )
+    assert not certificate.passed
+    (reason,) = certificate.left_out
+    assert "--loss_scale" in reason
+
+
+def test_one_gpu_is_too_few_for_replicas_and_their_reference(monkeypatch):
+    names = {"GPU": ["GPU:0"], "CPU": ["CPU:0", "CPU:1"]}
+    monkeypatch.setattr(strategy_lib, "_names", names.__getitem__)
+    assert subject.find_devices(2) == ["CPU:0", "CPU:1"]
+    names["GPU"].append("GPU:1")
+    assert subject.find_devices(2) == ["GPU:0", "GPU:1"]
+
+
+def test_rounding_may_change_the_class_of_an_example():
+    def is_beyond(precision, accuracy, num_examples=8):
+        return difference.of_metric(
+            "accuracy",
+            accuracy,
+            0.5,
+            tolerance=difference.TOLERANCES[precision],
+            num_examples=num_examples,
+        ).is_beyond
+
+    assert not is_beyond("float16", 0.625)
+    assert is_beyond("float16", 0.75)
+    assert is_beyond("float16", 0.625, num_examples=64)
+    assert is_beyond("float32", 0.625)
+
+
+def test_a_restart_gives_the_same_bits_on_cpus_only():
+    tolerance = difference.TOLERANCES["float32"]
+    assert restart_tolerance(["CPU:0", "CPU:1"], tolerance) == 0
+    assert restart_tolerance(["GPU:0", "GPU:1"], tolerance) == 1e-3
+
+
+def test_a_loss_near_zero_may_differ_by_rounding():
+    tolerance = difference.TOLERANCES["float32"].loss
+    assert difference.relative_loss(1e-5 + 1e-7, 1e-5) < tolerance
+    assert difference.relative_loss(1e-5 + 1e-5, 1e-5) > tolerance
+    assert difference.relative_loss(2.0, 1.0) == 1.0
 
 
 @pytest.mark.parametrize(

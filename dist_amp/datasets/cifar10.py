@@ -7,9 +7,9 @@ Recognition", CVPR 2016, section 4.2, for the changes.
 
 import tensorflow as tf
 
-from dist_amp import data
+from dist_amp import sources
 from dist_amp.datasets import images
-from dist_amp.stream import DatasetLike
+from dist_amp.loading import LoadedBatches
 
 _MEAN = (0.4914, 0.4822, 0.4465)
 _DEVIATION = (0.2470, 0.2435, 0.2616)
@@ -18,7 +18,7 @@ _SHIFT = 4  # pixels, at most
 
 def build(
     split: str, global_batch_size: int, seed: int, data_dir: str | None
-) -> DatasetLike:
+) -> LoadedBatches:
     """Batches of float32 `[batch, 32, 32, 3]` and labels 0..9.
 
     Args:
@@ -27,7 +27,7 @@ def build(
         seed: Of order, shifts and mirrors.
         data_dir: Where TFDS keeps its data, which it downloads once.
     """
-    builder = data.prepare_tfds("cifar10", data_dir)
+    builder = sources.prepare_tfds("cifar10", data_dir)
     examples = builder.as_dataset(split=split, as_supervised=True)
     return batches(
         examples, global_batch_size, seed if split == "train" else None
@@ -36,14 +36,14 @@ def build(
 
 def batches(
     examples: tf.data.Dataset, global_batch_size: int, seed: int | None
-) -> DatasetLike:
+) -> LoadedBatches:
     """Batches of `(image, label)`, changed where there is a seed."""
     if seed is None:
-        plain = examples.map(
-            lambda x, y: (images.normalized(x, _MEAN, _DEVIATION), y),
-            num_parallel_calls=tf.data.AUTOTUNE,
+        return images.unchanged(
+            examples,
+            lambda image: images.normalized(image, _MEAN, _DEVIATION),
+            global_batch_size,
         )
-        return plain.batch(global_batch_size)
     return images.augmented(
         examples.cache(),
         augment,

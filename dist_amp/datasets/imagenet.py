@@ -9,9 +9,9 @@ import importlib
 
 import tensorflow as tf
 
-from dist_amp import data
+from dist_amp import sources
 from dist_amp.datasets import images
-from dist_amp.stream import DatasetLike
+from dist_amp.loading import LoadedBatches
 
 SIDE = 224
 _MEAN = (0.485, 0.456, 0.406)
@@ -22,7 +22,7 @@ _BUFFER = 16_384  # JPEGs, some 2 GB; TFDS keeps them shuffled
 
 def build(
     split: str, global_batch_size: int, seed: int, data_dir: str | None
-) -> DatasetLike:
+) -> LoadedBatches:
     """Batches of float32 `[batch, 224, 224, 3]` and labels 0..999.
 
     Args:
@@ -33,7 +33,7 @@ def build(
             images: put the archives of image-net.org in downloads/manual.
     """
     tfds = importlib.import_module("tensorflow_datasets")  # slow to import
-    builder = data.prepare_tfds("imagenet2012", data_dir)
+    builder = sources.prepare_tfds("imagenet2012", data_dir)
     examples = builder.as_dataset(
         split="train" if split == "train" else "validation",
         as_supervised=True,
@@ -46,13 +46,16 @@ def build(
 
 def batches(
     examples: tf.data.Dataset, global_batch_size: int, seed: int | None
-) -> DatasetLike:
-    """Batches of `(JPEG, label)`, changed where there is a seed."""
+) -> LoadedBatches:
+    """Batches of images and labels, changed where there is a seed.
+
+    Args:
+        examples: `(JPEG, label)`.
+        global_batch_size: Examples in a batch; the last one may be smaller.
+        seed: None keeps order and images.
+    """
     if seed is None:
-        plain = examples.map(
-            lambda x, y: (centre(x), y), num_parallel_calls=tf.data.AUTOTUNE
-        )
-        return plain.batch(global_batch_size)
+        return images.unchanged(examples, centre, global_batch_size)
     return images.augmented(
         examples,
         random_crop,

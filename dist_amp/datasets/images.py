@@ -1,13 +1,12 @@
 """Images that each pass over the data changes anew."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any
 
 import tensorflow as tf
 
 from dist_amp import data
-
-Pass: TypeAlias = Callable[[tf.Tensor], tf.data.Dataset]
+from dist_amp.loading import LoadedBatches, for_each
 
 
 def augmented(
@@ -17,14 +16,15 @@ def augmented(
     global_batch_size: int,
     seed: int,
     buffer_size: int,
-) -> Pass:
-    """Batches of changed images, a function of the pass.
+) -> LoadedBatches:
+    """Batches of images that are changed where they are trained on.
 
     Order and changes depend on the seed, the pass and the examples' indices
     only, so that a run that goes on sees what it would have seen.
 
     Args:
-        examples: `(image, label)`, always in the same order.
+        examples: `(image, label)`, always in the same order; images of one
+            shape, or encoded.
         augment: From an image and a seed, int64 `[2]`, to the changed image.
         global_batch_size: Examples in a batch; the last one may be smaller.
         seed: Of all passes.
@@ -35,17 +35,38 @@ def augmented(
         of_pass = data.seed_of_pass(seed, number)
 
         @tf.autograph.experimental.do_not_convert
-        def change(index: tf.Tensor, example: Any) -> Any:
-            image, label = example
-            return augment(image, tf.stack([of_pass, index])), label
+        def with_seed(index: tf.Tensor, example: Any) -> Any:
+            return example, tf.stack([of_pass, index])
 
-        return (
-            data.shuffled(examples.enumerate(), of_pass, buffer_size)
-            .map(change, num_parallel_calls=tf.data.AUTOTUNE)
-            .batch(global_batch_size)
-        )
+        order = data.shuffled(examples.enumerate(), of_pass, buffer_size)
+        return order.map(with_seed).batch(global_batch_size)
 
-    return make
+    @tf.autograph.experimental.do_not_convert
+    def change(example: Any, seed: tf.Tensor) -> Any:
+        image, label = example
+        return augment(image, seed), label
+
+    return LoadedBatches(make, for_each(change))
+
+
+def unchanged(
+    examples: tf.data.Dataset,
+    read: Callable[[tf.Tensor], tf.Tensor],
+    global_batch_size: int,
+) -> LoadedBatches:
+    """Batches of images in order, read where they are looked at.
+
+    Args:
+        examples: As in `augmented`.
+        read: From an image to what the model takes.
+        global_batch_size: Examples in a batch; the last one may be smaller.
+    """
+
+    @tf.autograph.experimental.do_not_convert
+    def load(image: tf.Tensor, label: tf.Tensor) -> Any:
+        return read(image), label
+
+    return LoadedBatches(examples.batch(global_batch_size), for_each(load))
 
 
 def normalized(

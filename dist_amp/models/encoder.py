@@ -93,8 +93,10 @@ def _norm(name: str) -> Any:
 
 def _pooled(x: Any, is_token: Any, pooling: str) -> Any:
     """One vector for each sequence, `[batch, width]`."""
-    if pooling == "mean":
-        return keras.layers.GlobalAveragePooling1D()(x, mask=is_token)
+    if pooling == "mean":  # in float32: a sum of thousands; 0 of no token
+        weight = ops.expand_dims(ops.cast(is_token, "float32"), -1)
+        total = ops.sum(ops.cast(x, "float32") * weight, axis=1)
+        return total / ops.maximum(ops.sum(weight, axis=1), 1.0)
     return keras.layers.Dense(
         x.shape[-1],
         activation="tanh",

@@ -93,10 +93,16 @@ class SelfAttention(keras.layers.Layer):
             self.inward(x), (-1, length, 3, self.num_heads, depth)
         )
         query, key, value = ops.unstack(parts, 3, axis=2)
+        query *= depth**-0.5  # before the product, which float16 overflows
         mask = None if visible is None else visible[:, None, None, :]
         if self.drop is None:
             heads = ops.dot_product_attention(
-                query, key, value, mask=mask, is_causal=self.is_causal
+                query,
+                key,
+                value,
+                mask=mask,
+                scale=1.0,
+                is_causal=self.is_causal,
             )
         else:
             weights = self.drop(
@@ -109,12 +115,11 @@ class SelfAttention(keras.layers.Layer):
         """What each position takes of the others, `[batch, heads, to, from]`.
 
         Args:
-            query: `[batch, length, heads, depth]`.
+            query: `[batch, length, heads, depth]`, scaled.
             key: Of the same shape.
             mask: `[batch, 1, 1, length]`, or None.
         """
         scores = ops.cast(ops.einsum("btnd,bsnd->bnts", query, key), "float32")
-        scores *= query.shape[-1] ** -0.5
         if self.is_causal:
             place = ops.arange(ops.shape(scores)[-1])
             earlier = place[:, None] >= place

@@ -6,7 +6,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from launch import build
+from launch import inputs, models, observers
 from launch.config import TrainConfig
 from launch.run_dir import RunDir
 
@@ -31,12 +31,12 @@ def model_of(*last):
     ],
 )
 def test_cross_entropies_take_what_the_model_ends_in(name, last, from_logits):
-    loss = build.make_loss(TrainConfig(loss=name), model_of(*last))
+    loss = models.make_loss(TrainConfig(loss=name), model_of(*last))
     assert loss.get_config()["from_logits"] is from_logits
 
 
 def test_other_losses_are_keras_own():
-    loss = build.make_loss(TrainConfig(loss="mean_squared_error"), model_of())
+    loss = models.make_loss(TrainConfig(loss="mean_squared_error"), model_of())
     assert isinstance(loss, keras.losses.MeanSquaredError)
 
 
@@ -54,7 +54,7 @@ EXAMPLES = tf.data.Dataset.from_tensor_slices(
     ],
 )
 def test_examples_are_batched_and_batches_are_left_alone(dataset, batch_size):
-    data = build._data_of(lambda: dataset, TrainConfig())
+    data = inputs._data_of(lambda: dataset, TrainConfig())
     assert next(iter(data.train))[0].shape == (batch_size, 4)
     assert data.test is None
 
@@ -65,15 +65,15 @@ def test_a_function_gets_what_it_takes():
             global_batch_size
         )
 
-    data = build._data_of(make, TrainConfig(global_batch_size=16))
+    data = inputs._data_of(make, TrainConfig(global_batch_size=16))
     assert (len(data.train), len(data.test)) == (4, 1)
 
 
 def test_a_profile_goes_where_tensorboard_looks(tmp_path):
     run_dir = RunDir(str(tmp_path))
-    assert build.make_profiler(TrainConfig(), run_dir) is None
+    assert observers.make_profiler(TrainConfig(), run_dir) is None
     config = TrainConfig(profile_steps="2:3")
-    profiler = build.make_profiler(config, run_dir)
+    profiler = observers.make_profiler(config, run_dir)
     assert [profiler.cut(9, step) for step in (0, 2, 3)] == [2, 1, 9]
     assert list((tmp_path / "tensorboard" / "plugins").rglob("*.xplane.pb"))
 
@@ -83,7 +83,7 @@ def test_an_error_in_the_users_function_keeps_its_traceback():
         raise ValueError("no file")
 
     with pytest.raises(RuntimeError, match=r"broken raised.*no file"):
-        build._data_of(broken, TrainConfig())
+        inputs._data_of(broken, TrainConfig())
 
 
 if __name__ == "__main__":

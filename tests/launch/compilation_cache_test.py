@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from dist_amp import data
+from dist_amp import sources
 from launch import compilation_cache
 from tests.launch.train_test import launch
 
 
 def test_the_next_start_reads_what_the_first_compiled(tmp_path):
     # In the first run, else, whose functions would have other numbers then.
-    data.prepare_tfds("digits", str(tmp_path / "data"))
+    sources.prepare_tfds("digits", str(tmp_path / "data"))
     cache = tmp_path / "cache"
     flags = [
         f"--data_dir={tmp_path / 'data'}",

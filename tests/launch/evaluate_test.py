@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dist_amp import storage
-from launch import build, evaluate
+from launch import build, evaluate, hardware, inputs, observers
 from launch.config import ConfigError, TrainConfig
 from launch.evaluate import EvaluateConfig
 from launch.run_dir import RunDir, settings_to_infer
@@ -35,8 +35,8 @@ def train(folder, epochs, *, is_finished=True, **settings):
         **settings,
     )
     run_dir = RunDir(config.directory)
-    devices = build.make_devices(config)
-    data = build.load_data(config)
+    devices = hardware.make_devices(config)
+    data = inputs.load_data(config)
     trainer = build.make_trainer(config, devices, data)
     with build.open_run_dir(config, run_dir):
         run_dir.write_config(
@@ -212,14 +212,14 @@ def test_layers_that_were_pinned_are_pinned_again(tmp_path):
         **settings,
     )
     run_dir = RunDir(config.directory)
-    devices = build.make_devices(config)
-    data = build.load_data(config)
+    devices = hardware.make_devices(config)
+    data = inputs.load_data(config)
     trainer = build.make_trainer(config, devices, data)
     run_dir.path.mkdir(exist_ok=True)
     run_dir.write_config(
         config, **build.describe(config, devices, data, trainer)
     )
-    (adapting,) = build.make_auto_layers(devices, data, trainer)
+    (adapting,) = observers.make_auto_layers(devices, data, trainer)
     trainer.fit(
         data.train,
         checkpoint_dir=run_dir.checkpoints,

@@ -12,11 +12,12 @@ from html.parser import HTMLParser
 import pytest
 
 from dist_amp.callbacks import JsonLines
-from launch import report
+from launch import report, run_record
 from launch.config import TrainConfig
 from launch.run_dir import RunDir
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+MEASURED = {"mfu": 0.25, "memory_bytes": 1e9, "peak_memory_bytes": 2e9}
 RESOLVED = {"num_replicas": 2, "devices": ["/device:CPU:0"], "epochs": 5}
 
 
@@ -66,7 +67,7 @@ def make_run(path, num_epochs, *, has_test=True, nan_at=None, **settings):
     run_dir.path.mkdir(parents=True)
     config = TrainConfig(**{"run_dir": str(path), **settings})
     run_dir.write_config(config, **RESOLVED)
-    lines = JsonLines(run_dir.metrics, lambda: 7, lambda: {"mfu": 0.25})
+    lines = JsonLines(run_dir.metrics, lambda: 7, lambda: MEASURED)
     for epoch in range(num_epochs):
         loss = math.nan if epoch == nan_at else 1 / (epoch + 1)
         logs = {
@@ -122,7 +123,9 @@ def test_the_page_holds_every_number_of_the_runs(tmp_path, two_runs):
         "Examples per second",
         "Step time, ms",
         "Model FLOPs utilization",
+        "Memory",
     ]
+    assert page.data["charts"][-1]["labels"] == ["in use", "peak"]
 
 
 def test_its_tables_tell_results_and_only_what_differs(tmp_path, two_runs):
@@ -158,6 +161,46 @@ def test_the_page_needs_nothing_beside_itself(tmp_path, two_runs):
     assert not re.search(r"https?:|//[a-z]+\.|@import|url\(", page.text)
     assert "prefers-color-scheme: dark" in page.text
     assert 'name="viewport"' in page.text
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"settings": null}', "{"])
+def test_damaged_settings_are_told(tmp_path, capsys, text):
+    path = make_run(tmp_path / "run", 1)
+    RunDir(path).config.write_text(text)
+    assert report.main(["report", path]) == 2
+    assert "config.json is damaged" in capsys.readouterr().err
+
+
+def test_what_is_no_number_is_not_shown(tmp_path):
+    path = make_run(tmp_path / "run", 1)
+    config = json.loads(RunDir(path).config.read_text())
+    config["resolved"]["epochs"] = "<script>one</script>"
+    RunDir(path).config.write_text(json.dumps(config))
+    line = {"step": 9, "epoch": 2, "split": "train", "loss": 0.5, "time": 1.0}
+    with RunDir(path).metrics.open("a") as file:
+        for field, value in (
+            ("epoch", "<script>two</script>"),
+            ("time", "late"),
+            ("time", float("nan")),
+            ("step", None),
+            ("split", "other"),
+        ):
+            file.write(json.dumps(line | {field: value}) + "\n")
+        file.write(json.dumps(line).replace("0.5", "9" * 400) + "\n")
+    page = make_page(tmp_path, path)
+    assert "<script>one" not in page.text
+    assert "<script>two" not in page.text
+    (run,) = page.data["runs"]
+    assert run["train"]["epoch"] == [1, 2]
+    assert run["train"]["values"]["loss"] == [1, None]
+
+
+def test_less_is_better_of_what_keras_says_so():
+    up = ("accuracy", "auc", "f1_score", "mean_io_u", "cosine_similarity")
+    down = ("val_loss", "mean_squared_error", "hinge", "poisson")
+    down += ("sparse_categorical_crossentropy", "kl_divergence")
+    assert not any(map(run_record.is_less_better, up))
+    assert all(map(run_record.is_less_better, down))
 
 
 @pytest.mark.parametrize(

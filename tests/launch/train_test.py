@@ -88,6 +88,7 @@ def test_its_folder_holds_what_was_promised(default_run):
         "step_ms_p95",
         "input_wait",
         "learning_rate",
+        "memory_bytes",
         "peak_memory_bytes",
         "time",
     }
@@ -97,13 +98,13 @@ def test_its_folder_holds_what_was_promised(default_run):
 
 
 def test_its_model_loads_and_knows_the_digits(default_run, data_dir):
-    from dist_amp import data
+    from dist_amp import sources
 
     model = keras.models.load_model(
         default_run[0] / "runs" / "mlp-digits" / "model.keras"
     )
-    builder = data.prepare_tfds("digits", str(data_dir))
-    ((x, y),) = data.read_tfds(builder, "test", global_batch_size=360)
+    builder = sources.prepare_tfds("digits", str(data_dir))
+    ((x, y),) = sources.read_tfds(builder, "test", global_batch_size=360)
     predicted = np.argmax(model.predict(x, verbose=0), axis=-1)
     assert np.mean(predicted == y.numpy()) > 0.95
 

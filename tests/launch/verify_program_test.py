@@ -1,10 +1,14 @@
 """`python -m launch.verify`: the table, the JSON, the exit status."""
 
+import dataclasses
 import json
 import sys
 
 import pytest
 
+from dist_amp.verify import SUITES as LIBRARY_SUITES
+from launch.config import ConfigError, TrainConfig
+from launch.verify import IGNORED, SUITES, VerifyConfig
 from tests.launch import programs
 
 MODEL = """
@@ -61,21 +65,60 @@ def test_a_difference_is_named_with_its_cause(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("settings", "told"),
     [
-        (["--suites=replica"], "--suites"),
-        (["--num_replicas=1"], "--num_replicas"),
-        (["--num_logical_cpus=2"], "--num_logical_cpus"),
-        (["--num_steps=0"], "--num_steps"),
-        (["--global_batch_size=2"], "--global_batch_size"),
+        ({"suites": ("replica",)}, "--suites must be out of replicas, "),
+        ({"num_replicas": ("1",)}, "--num_replicas must be numbers"),
+        ({"num_steps": 0}, "--num_steps must be positive"),
+        ({"num_logical_cpus": 2}, "--num_logical_cpus would be ignored: .*2;"),
+        ({"devices": ("CPU:0",)}, "--devices would be .*Received CPU:0; drop"),
+        ({"strategy": "mirrored"}, "--strategy would be .*--num_replicas"),
+        ({"wire_dtype": "int8"}, "--wire_dtype would be .* travel exactly"),
+        ({"jit_compile": True}, "--jit_compile would be .* suite xla"),
+        ({"initial_weights": "a.h5"}, "--initial_weights would be .*--seed"),
+        ({"deterministic": True}, "--deterministic would be ignored"),
+        ({"run_dir": "runs/a"}, "--run_dir would be ignored: .*--json"),
+        ({"steps": 9}, "--steps would be ignored: .*--num_steps.*--schedule"),
     ],
 )
-def test_wrong_settings_are_told(tmp_path, arguments, told):
-    done = programs.run(tmp_path, "verify", *arguments)
+def test_wrong_and_ignored_settings_are_told(settings, told):
+    with pytest.raises(ConfigError, match=told):
+        VerifyConfig(**settings)
+
+
+def test_the_length_of_training_is_for_schedules():
+    config = VerifyConfig(schedule="cosine", steps=9)
+    assert config.steps == 9
+
+
+def test_every_setting_of_training_is_used_or_refused():
+    """A new one must be given its place."""
+    known = {field.name for field in dataclasses.fields(TrainConfig)}
+    assert set(IGNORED) <= known
+    assert known - set(IGNORED) == {
+        *("model", "model_option", "loss", "label_smoothing", "metrics"),
+        *("dataset", "dataset_option", "data_dir", "parse", "train_split"),
+        *("input_dtype", "global_batch_size"),
+        *("precision", "loss_scale", "loss_scale_initial", "loss_scale_min"),
+        *("loss_scale_max", "loss_scale_growth_interval", "seed"),
+        *("gradient_accumulation_steps", "optimizer", "optimizer_option"),
+        *("learning_rate", "momentum", "warmup_steps", "schedule"),
+        *("epochs", "steps", "steps_per_epoch"),  # for schedules
+        *("weight_decay", "weight_decay_exclude", "clipnorm", "clipvalue"),
+        *("global_clipnorm", "ema", "ema_overwrite_frequency"),
+    }
+
+
+def test_the_suites_are_those_of_the_library():
+    assert SUITES == LIBRARY_SUITES
+
+
+def test_wrong_settings_end_the_program(tmp_path):
+    done = programs.run(tmp_path, "verify", "--global_batch_size=2")
     assert done.returncode == 2
     *_, line = done.stderr.splitlines()
     assert line.startswith("error: ")
-    assert told in line
+    assert "--global_batch_size" in line
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import tensorflow as tf
 from tensorflow.python.client import session
 from tensorflow.python.tpu import tpu_strategy_util, tpu_system_metadata
 
+import dist_amp
 from dist_amp import ahead_of_time, graphs
 from dist_amp.ahead_of_time import UnsupportedError
 from tests import support
@@ -105,6 +106,25 @@ def test_the_whole_loop_is_traced_and_takes_its_input_on_the_host():
     inputs = [op for op in bodies if op.type == "IteratorGetNext"]
     assert inputs
     assert not any("_tpu_replicate" in op.node_def.attr for op in inputs)
+
+
+def test_what_is_loaded_after_the_cut_is_fed_alike():
+    dataset = support.make_dataset(PARTIAL)
+    loaded = dist_amp.LoadedBatches(dataset, lambda x, y: (x, y))
+    trainer = make_trainer()
+    trainer.build(loaded)
+    fed = list(trainer.feed(loaded).open(lambda: dataset))
+    assert len(fed) == 2
+    for one, other in zip(
+        fed, trainer.feed(dataset).open(lambda: dataset), strict=True
+    ):
+        for a, b in zip(
+            tf.nest.flatten(one), tf.nest.flatten(other), strict=True
+        ):
+            for mine, whole in zip(a.values, b.values, strict=True):
+                assert mine.shape == whole.shape
+                np.testing.assert_array_equal(mine, whole)
+    assert trainer.trace(loaded) > 100
 
 
 def test_slices_have_one_size_and_copies_weigh_nothing():
