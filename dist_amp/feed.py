@@ -13,6 +13,7 @@ import tensorflow as tf
 
 from dist_amp import data
 from dist_amp.arrays import ArrayBatches
+from dist_amp.data_service import DataService, DataServiceError
 from dist_amp.loading import LoadedBatches
 from dist_amp.stream import DatasetLike, one_pass, stacks_of
 
@@ -27,6 +28,7 @@ class Feed:
             its shapes do not tell how large a batch is.
         reduction: See `data.split`.
         class_weight: See `data.split`.
+        service: What cuts and loads in this worker's place; None: nobody.
 
     Attributes:
         batches: What to read, and give to `split` or `open`: the dataset, or
@@ -44,6 +46,7 @@ class Feed:
         *,
         reduction: str,
         class_weight: Mapping[int, float] | None = None,
+        service: DataService | None = None,
     ):
         self._strategy = strategy
         self._replica_ids = replica_ids
@@ -52,6 +55,9 @@ class Feed:
         self._class_weight = class_weight
         self._is_tpu = isinstance(strategy, tf.distribute.TPUStrategy)
         self._rows: int | None = None
+        self._service = service
+        if service:
+            self._check_service_is_used()
         if self._is_tpu:
             _check_shapes(one_pass(dataset))
             self._rows = self._rows_of_slice()
@@ -77,6 +83,9 @@ class Feed:
             make: Makes the global batches; called once for each host of a
                 TPU, where they are to be read.
         """
+        if self._service:
+            slices = self._service.open(make(), self.split)
+            return slices.prefetch(tf.data.AUTOTUNE)
         if not self._is_tpu:
             return self.split(make()).prefetch(tf.data.AUTOTUNE)
 
@@ -109,6 +118,18 @@ class Feed:
             pad_to=self._rows,
             load=self._load,
         )
+
+    def _check_service_is_used(self) -> None:
+        if self._is_tpu:
+            raise DataServiceError(
+                "`data_service` is not for TPUs, whose hosts read their own "
+                "input: leave it out (--data_service)."
+            )
+        if isinstance(self.batches, ArrayBatches):
+            raise DataServiceError(
+                "`data_service` has nothing to load: all examples are in this "
+                "worker's memory already. Leave it out (--data_service)."
+            )
 
     def _rows_of_slice(self) -> int | None:
         """What a TPU's slices are padded to; None if all batches are full."""

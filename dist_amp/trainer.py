@@ -7,7 +7,7 @@ import logging
 import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -21,6 +21,7 @@ from dist_amp.beacon import Beacon
 from dist_amp.callbacks import Progress
 from dist_amp.checkpoint import Checkpointer, SavePolicy
 from dist_amp.data import Batch
+from dist_amp.data_service import DataService
 from dist_amp.feed import Feed
 from dist_amp.fit import Fit, blame
 from dist_amp.gradient_log import GradientLog
@@ -66,6 +67,8 @@ class Trainer(Steps):
             divided by.
         metrics: Names or `keras.metrics.Metric`s; see `MetricSet`.
         jit_compile: Whether XLA compiles the forward and backward pass.
+        data_service: Cuts and loads the batches of `fit`, `evaluate` and
+            `predict` in this worker's place; they are the same ones.
 
     Attributes:
         run_info: Values that JSON can hold, say the settings of the run; they
@@ -102,6 +105,7 @@ class Trainer(Steps):
         loss: Any = None,
         metrics: MetricsLike = (),
         jit_compile: bool = False,
+        data_service: DataService | None = None,
     ):
         if not isinstance(optimizer, keras.optimizers.Optimizer):
             raise TypeError(
@@ -128,6 +132,7 @@ class Trainer(Steps):
         )
         model.optimizer = optimizer
         model.stop_training = False
+        self.data_service = data_service
         self._test_pace = Pace("auto")
         self._make_loops()
         self._gather = None
@@ -469,6 +474,7 @@ class Trainer(Steps):
             dataset,
             reduction=reduction_of(self.loss),
             class_weight=class_weight,
+            service=self.data_service,
         )
 
     def slice_spec(self, dataset: DatasetLike) -> Batch:
@@ -590,11 +596,16 @@ class Trainer(Steps):
             self._stacked_loop = self.make_stacked_loop(spec)
         return self._stacked_loop
 
-    def _watched(self) -> contextlib.AbstractContextManager[None]:
+    @contextlib.contextmanager
+    def _watched(self) -> Iterator[None]:
         """Other workers that fail or stand still end this one too."""
-        return Watchdog(
+        watchdog = Watchdog(
             self.strategy, self.beacon, report_dir=self.report_dir
-        ).watching()
+        )
+        with watchdog.watching(), contextlib.ExitStack() as stack:
+            if self.data_service:
+                stack.enter_context(self.data_service.explaining())
+            yield
 
     def _check_combinations(self, predictions: Any) -> None:
         parts = self.optimizer.gradient_accumulation_steps

@@ -13,6 +13,7 @@ import tensorflow as tf
 import dist_amp
 from dist_amp import storage, weights
 from dist_amp.checkpoint import readable_size, whole_manifests
+from dist_amp.data_service import DataService
 from launch.config import ConfigError, TrainConfig
 from launch.hardware import Devices, seed
 from launch.inputs import Data
@@ -53,6 +54,17 @@ def make_trainer(
         loss=make_loss(config, model),
         metrics=config.metrics,
         jit_compile=config.jit_compile,
+        data_service=_data_service(config),
+    )
+
+
+def _data_service(config: TrainConfig) -> DataService | None:
+    if config.data_service is None:
+        return None
+    return DataService(
+        config.data_service,
+        startup_timeout=config.startup_timeout,
+        timeout=config.collective_timeout,
     )
 
 

@@ -141,6 +141,12 @@ class TrainConfig:
         INPUT_DTYPES,
     )
 
+    data_service: str | None = flag(
+        None,
+        "grpc://host:port of a tf.data service that cuts and loads the "
+        "batches in place of each worker; see launch.data_service.",
+    )
+
     strategy: str = flag("auto", "How replicas are made.", STRATEGIES)
     devices: tuple[str, ...] = flag(
         (), "Devices to use, as GPU:0,GPU:1. Default: all GPUs, else CPU:0."
@@ -527,6 +533,7 @@ class TrainConfig:
                 "tpu", f"--strategy={self.strategy}", "drop one of them"
             )
         self._check_place_of_tpu()
+        self._check_data_service()
         self._check_workers()
         is_tpu = self.strategy == "tpu" or bool(self.tpu)
         if is_tpu and (self.devices or self.num_logical_cpus):
@@ -563,6 +570,16 @@ class TrainConfig:
                     f"--tpu={self.tpu}",
                     "only a TPU with a name is looked for; drop it",
                 )
+
+    def _check_data_service(self) -> None:
+        if self.data_service is None:
+            return
+        if not re.fullmatch(r"grpc://\S+:\d+", self.data_service):
+            _fail("data_service", "must be grpc://host:port", self.data_service)
+        if self.strategy == "tpu" or self.tpu:
+            _contradict(
+                "data_service", "a TPU", "its hosts read their own input"
+            )
 
     def _check_workers(self) -> None:
         if self.workers and self.strategy not in ("auto", "multi_worker"):

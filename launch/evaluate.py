@@ -70,6 +70,7 @@ class EvaluateConfig:
         None, "Examples in a batch over all replicas. Default: the run's."
     )
     data_dir: str | None = same_flag("data_dir")
+    data_service: str | None = same_flag("data_service")
     strategy: str = same_flag("strategy")
     devices: tuple[str, ...] = same_flag("devices")
     num_logical_cpus: int = same_flag("num_logical_cpus")

@@ -18,11 +18,11 @@ import pathlib
 import re
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
-from launch import host, post_mortem
+from launch import host, post_mortem, service_process
 from launch import job as job_lib
 from launch.attempt import Attempt
 from launch.config import ConfigError, check_positive, flag
@@ -58,6 +58,11 @@ class LocalJob:
         "auto: unless it is not possible, or data or folders are elsewhere.",
         ("auto", "always", "never"),
     )
+    data_service_workers: int | None = flag(
+        None,
+        "Workers of a tf.data service that loads the data of all workers; it "
+        "runs on this host for as long as they do. Default: no service.",
+    )
     max_restarts: int = flag(
         3, "How often training may start again from the last checkpoint."
     )
@@ -84,6 +89,7 @@ class LocalJob:
             "num_workers",
             "devices_per_worker",
             "min_workers",
+            "data_service_workers",
             "silence_timeout",
             "leave_timeout",
         )
@@ -185,6 +191,11 @@ def make_plan(job: LocalJob, training: job_lib.Training) -> Plan:
         ConfigError: The settings do not suit each other or this host.
     """
     gpus, config = _divided_gpus(job), training.config
+    if job.data_service_workers and config.data_service:
+        raise ConfigError(
+            "--data_service_workers contradicts --data_service: drop one of "
+            "them."
+        )
     number = job.devices_per_worker
     if not gpus and number and (config.devices or config.num_logical_cpus):
         raise ConfigError(
@@ -289,7 +300,8 @@ def _train(job: LocalJob, plan: Plan) -> int:
     num_restarts = 0
     while True:
         attempt = _make_attempt(job, plan, guardian)
-        endings = attempt.run(plan.starts(slots))
+        with _service(job, plan, guardian) as served:
+            endings = attempt.run(served.starts(slots))
         first = post_mortem.first_to_fail(endings, attempt.hung)
         status = post_mortem.exit_status(first) if first else 0
         if first is None:
@@ -313,6 +325,20 @@ def _train(job: LocalJob, plan: Plan) -> int:
             f"starts again from the last checkpoint on {len(slots)} workers "
             f"({num_restarts} of {job.max_restarts})"
         )
+
+
+@contextlib.contextmanager
+def _service(job: LocalJob, plan: Plan, guardian: Guardian) -> Iterator[Plan]:
+    """The plan with the flag of a service that runs meanwhile, if any does."""
+    if job.data_service_workers is None:
+        yield plan
+        return
+    with service_process.running(
+        job.data_service_workers, plan.logs / "data-service.log", guardian
+    ) as address:
+        arguments = [*plan.training.arguments, f"--data_service={address}"]
+        training = job_lib.read_training(arguments)
+        yield dataclasses.replace(plan, training=training)
 
 
 def _make_attempt(job: LocalJob, plan: Plan, guardian: Guardian) -> Attempt:

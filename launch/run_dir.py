@@ -13,6 +13,7 @@ from launch.config import ConfigError, TrainConfig
 
 # Which devices a run has, and how they find each other.
 _OF_DEVICES = (
+    "data_service",
     "strategy",
     "devices",
     "num_logical_cpus",
@@ -51,6 +52,7 @@ _FREE = (
     "compilation_cache",
     "profile_steps",
     "tensorboard_graph",
+    "histogram_every_epochs",
     *_OF_DEVICES,
 )
 # What of a run's settings is about updates, and about devices that the run had:

@@ -96,6 +96,7 @@ def _train(
         compilation_cache.enable(config.compilation_cache)
     with quiet_start():
         from dist_amp import preemption, rendezvous, watchdog  # and TensorFlow
+        from dist_amp.data_service import DataServiceLostError
         from launch import build, hardware
 
         try:
@@ -111,7 +112,7 @@ def _train(
             print(build.describe_plan(config, devices, data, trainer))
             return 0
         _fit(config, run_dir, devices, data, trainer, callbacks)
-    except watchdog.PeerError as error:
+    except (watchdog.PeerError, DataServiceLostError) as error:
         print(f"error: {error}", file=sys.stderr)
         return preemption.exit_status("peer")
     reason = trainer.stop_reason

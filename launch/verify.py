@@ -73,6 +73,7 @@ IGNORED = {
         ("wire_dtype", "wire_check_interval", "wire_error_bound"), _EXACT_SUMS
     ),
     "jit_compile": "the suite xla compares training with it and without",
+    "data_service": "batches are read here; a service gives the same ones",
     "compilation_cache": "what XLA compiles here is not kept",
     "deterministic": "on CPUs all runs of one seed have the same bits",
     "test_split": "metrics are those of the training's own examples",

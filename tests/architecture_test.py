@@ -82,7 +82,7 @@ def test_settings_are_checked_without_tensorflow():
     plain = ("config", "flags", "run_dir", "quiet", "train")
     plain += ("numerics", "options", "plan", "verify")
     plain += ("run_record", "report_page", "report")
-    plain += ("saved", "evaluate", "export")
+    plain += ("saved", "evaluate", "export", "data_service", "service_process")
     jobs = ("job", "yaml_text", "slurm", "kubernetes", "cloud_tpu")
     for name in (*plain, *jobs, "findings", "host", "doctor"):
         tree = ast.parse((ROOT / "launch" / f"{name}.py").read_text())

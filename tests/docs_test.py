@@ -130,6 +130,7 @@ def test_the_tpu_of_the_readme_can_be_created(capsys, tmp_path, monkeypatch):
 
 def test_the_flags_of_the_readme_exist():
     from launch.cloud_tpu import CloudTpuJob
+    from launch.data_service import DataServiceConfig
     from launch.evaluate import EvaluateConfig
     from launch.export import ExportConfig
     from launch.kubernetes import KubernetesJob
@@ -152,6 +153,7 @@ def test_the_flags_of_the_readme_exist():
         KubernetesJob,
         LocalJob,
         CloudTpuJob,
+        DataServiceConfig,
     )
     fields = {name for kind in kinds for name in kind.__dataclass_fields__}
     # Of other programs than launch.train, and of all.

@@ -11,6 +11,8 @@ import tensorflow as tf
 from dist_amp import data
 from dist_amp.callbacks import Histograms
 from launch import train
+from launch.config import TrainConfig
+from launch.run_dir import RunDir
 from tests import support
 
 BATCH, NUM_BATCHES = 8, 3
@@ -147,10 +149,14 @@ def test_a_skipped_update_leaves_the_newest_that_was_applied():
 
 
 def test_flags_write_them_and_the_graph_beside_the_scalars(tmp_path):
-    arguments = [f"--run_dir={tmp_path}", "--epochs=1"]
-    arguments += ["--histogram_every_epochs=1", "--precision=float32"]
-    arguments += ["--tensorboard_graph"]
-    assert train.main(["train", *arguments]) == 0
+    config = TrainConfig(
+        run_dir=str(tmp_path),
+        epochs=1,
+        histogram_every_epochs=1,
+        tensorboard_graph=True,
+        precision="float32",
+    )
+    assert train.train(config, RunDir(config.directory)) == 0
     tags = read_events(tmp_path / "tensorboard" / "histograms")
     kinds = {tag.partition("/")[0] for tag in tags}
     assert kinds == {"gradients", "weights"}
