@@ -12,7 +12,7 @@ from typing import Any
 from launch.config import ConfigError, TrainConfig
 
 # Which devices a run has, and how they find each other.
-_OF_DEVICES = (
+OF_DEVICES = (
     "data_service",
     "strategy",
     "devices",
@@ -53,12 +53,12 @@ _FREE = (
     "profile_steps",
     "tensorboard_graph",
     "histogram_every_epochs",
-    *_OF_DEVICES,
+    *OF_DEVICES,
 )
 # What of a run's settings is about updates, and about devices that the run had:
 # not for what its model is asked later, maybe elsewhere.
 _OF_UPDATES = (
-    *_OF_DEVICES,
+    *OF_DEVICES,
     "loss_scale",
     "loss_scale_initial",
     "loss_scale_growth_interval",

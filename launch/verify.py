@@ -27,6 +27,7 @@ from absl import flags
 from launch.config import ConfigError, TrainConfig, check_positive, flag
 from launch.flags import read_command_line
 from launch.quiet import quiet_start
+from launch.run_dir import OF_DEVICES
 from launch.train import is_ours
 
 # As in dist_amp.verify, which would bring TensorFlow; a test compares them.
@@ -52,23 +53,7 @@ _NOTHING_KEPT = "nothing is kept but the certificate, which goes to --json"
 
 # Settings of training that would be ignored, and what there is instead.
 IGNORED = {
-    **dict.fromkeys(
-        (
-            "strategy",
-            "devices",
-            "num_logical_cpus",
-            "all_reduce",
-            "tpu",
-            "tpu_zone",
-            "tpu_project",
-            "workers",
-            "task_index",
-            "startup_timeout",
-            "collective_timeout",
-            "heartbeat_timeout",
-        ),
-        _OWN_REPLICAS,
-    ),
+    **dict.fromkeys(OF_DEVICES, _OWN_REPLICAS),
     **dict.fromkeys(
         ("wire_dtype", "wire_check_interval", "wire_error_bound"), _EXACT_SUMS
     ),
