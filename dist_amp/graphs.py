@@ -25,8 +25,8 @@ def operations(graph: tf.Graph) -> Iterator[tuple[tf.Operation, int | None]]:
 
     Yields:
         The operation, and how often it runs in one call of the graph; both
-        branches of a condition count. None in a loop of unknown length. What
-        nothing needs does not run: say the gradient of a model's input.
+        branches of a condition count. None in a loop of unknown length; 0 of
+        what nothing needs, say the gradient of a model's input.
     """
     yield from _operations(graph, 1)
 
@@ -34,14 +34,16 @@ def operations(graph: tf.Graph) -> Iterator[tuple[tf.Operation, int | None]]:
 def _operations(
     graph: tf.Graph, times: int | None
 ) -> Iterator[tuple[tf.Operation, int | None]]:
-    for op in _needed(graph):
-        yield op, times
-        inner_times = times
-        if op.type in _LOOPS:
+    needed = {op.name for op in _needed(graph)}
+    for op in graph.get_operations():
+        own_times = times if op.name in needed else 0
+        yield op, own_times
+        inner_times = own_times
+        if op.type in _LOOPS and own_times != 0:
             rounds = _rounds(op)
             inner_times = None
-            if times is not None and rounds is not None:
-                inner_times = times * rounds
+            if own_times is not None and rounds is not None:
+                inner_times = own_times * rounds
         for inner in _called(op):
             yield from _operations(inner, inner_times)
 
@@ -94,7 +96,7 @@ def flops_of(graph: tf.Graph) -> tuple[int, int]:
     """
     total = uncounted = 0
     for op, times in operations(graph):
-        count = flops_of_operation(op)
+        count = flops_of_operation(op) if times != 0 else 0
         if count is None or (count and times is None):
             uncounted += 1
         else:
