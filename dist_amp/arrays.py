@@ -39,7 +39,13 @@ class ArrayBatches:
         transform: Rows = lambda rows: rows,
     ):
         self._arrays = tf.nest.map_structure(tf.convert_to_tensor, arrays)
-        self._size = tf.nest.flatten(self._arrays)[0].shape[0]
+        sizes = [leaf.shape[0] for leaf in tf.nest.flatten(self._arrays)]
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                "`arrays` must all hold as many examples. Received "
+                f"{', '.join(map(str, sizes))}."
+            )
+        self._size = sizes[0]
         self._batch_size = global_batch_size
         self._seed = shuffle_seed
         self._transform = transform

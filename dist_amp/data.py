@@ -157,9 +157,8 @@ class _Shares:
         """Weights before the loss divides by anything."""
         axis = self.axis
         if weight is None:
-            shape = tf.shape(tf.nest.flatten(x)[0])[:axis]  # [] or [number]
-            rows = _rows(x, axis)
-            weight = tf.ones([*tf.unstack(shape, axis), rows], tf.float32)
+            numbers = tf.unstack(_num_batches(x, axis), axis)
+            weight = tf.ones([*numbers, _rows(x, axis)], tf.float32)
         weight = tf.cast(weight, tf.float32)
         if weight.shape.rank == axis + 2 and weight.shape[-1] == 1:
             weight = tf.squeeze(weight, axis=-1)
@@ -182,8 +181,7 @@ def _slices(
 ) -> tuple[Batch, ...]:
     x, y, weight = _unpack(element)
     size = _rows(x, cut.axis)
-    batches = tf.shape(tf.nest.flatten(x)[0])[: cut.axis]  # [] or [number]
-    global_size = tf.fill(batches, _at_least_one(size))
+    global_size = tf.fill(_num_batches(x, cut.axis), _at_least_one(size))
     weight = shares.weights(x, y, weight)
     normalizer = global_size
     if shares.reduction == "mean_with_sample_weight":
@@ -268,7 +266,9 @@ def shuffled(
         # Of this function's graph; TensorFlow 2.21 fails on a global
         # seed of 0 beside one that is a tensor.
         tf.random.set_seed(1)
-    return examples.shuffle(buffer_size, seed=seed)
+    return examples.shuffle(
+        buffer_size, seed=seed, reshuffle_each_iteration=False
+    )
 
 
 def cast_inputs(dataset: DatasetLike, dtype: str) -> Any:
@@ -350,7 +350,18 @@ def _rows(x: Any, axis: int) -> tf.Tensor | int:
     """Number of examples; a Python int where the shape is static."""
     leaf = tf.nest.flatten(x)[0]
     static = leaf.shape[axis]
-    return tf.shape(leaf)[axis] if static is None else static
+    if static is not None:
+        return static
+    if isinstance(leaf, tf.RaggedTensor):
+        return tf.cast(leaf.nrows(), tf.int32)
+    return tf.shape(leaf)[axis]
+
+
+def _num_batches(x: Any, axis: int) -> tf.Tensor:
+    """Of a stack, `[1]`; of a batch an empty shape."""
+    if axis == 0:
+        return tf.constant([], tf.int32)
+    return tf.shape(tf.nest.flatten(x)[0])[:axis]
 
 
 def _rows_of_replica(

@@ -103,19 +103,27 @@ class LoadedBatches:
     def load(self, *rows: Any) -> Any:
         """What `load` makes of rows, of none as well."""
         leaf = tf.nest.flatten(rows)[0]
-        size = leaf.shape[0]
-        if size:
-            return tf.nest.map_structure(
-                lambda loaded: _with_rows(loaded, size), self._load(*rows)
+        if leaf.shape.rank == 0:
+            raise ValueError(
+                "`batches` must be global batches: each leaf has the shape "
+                "[global_batch, ...]. Received single examples; add "
+                "`.batch(global_batch_size)`."
             )
+        if leaf.shape[0]:
+            return _checked(self._load(*rows), leaf)
         made = self._load.get_concrete_function(*rows).structured_outputs
-        if not all(map(_has_rank, tf.nest.flatten(made))):
-            return self._load(*rows)  # ragged, say, or None
-        spec = tf.nest.map_structure(tf.TensorSpec.from_tensor, made)
-        return tf.cond(
+        specs = [
+            None if each is None else tf.type_spec_from_value(each)
+            for each in tf.nest.flatten(made)
+        ]
+        tensors = tf.cond(
             tf.shape(leaf)[0] > 0,
-            lambda: self._load(*rows),
-            lambda: no_examples(spec),
+            lambda: _tensors_of(_checked(self._load(*rows), leaf)),
+            lambda: [_empty(spec) for spec in specs if spec is not None],
+        )
+        some = iter(tensors)
+        return tf.nest.pack_sequence_as(
+            made, [None if spec is None else next(some) for spec in specs]
         )
 
 
@@ -156,12 +164,44 @@ def _of_pass(dataset: DatasetLike, number: tf.Tensor) -> tf.data.Dataset:
     return dataset(number)
 
 
-def _has_rank(value: Any) -> bool:
-    return isinstance(value, tf.Tensor) and value.shape.rank is not None
+def _tensors_of(loaded: Any) -> list[Any]:
+    """What a branch of a condition can return, which is no None."""
+    return [each for each in tf.nest.flatten(loaded) if each is not None]
 
 
-def _with_rows(loaded: Any, size: int) -> Any:
-    """With the size in the static shape, which a TPU needs."""
-    if not _has_rank(loaded):
-        return loaded
-    return tf.ensure_shape(loaded, [size, *loaded.shape[1:]])
+def _checked(loaded: Any, rows: tf.Tensor) -> Any:
+    """As many rows as were given, in the static shapes too, as TPUs need."""
+    size = rows.shape[0]
+
+    def checked(leaf: Any) -> Any:
+        if not isinstance(leaf, tf.Tensor) or not leaf.shape.rank:
+            return leaf
+        if size is not None:
+            return tf.ensure_shape(leaf, [size, *leaf.shape[1:]])
+        check = tf.debugging.assert_equal(
+            tf.shape(leaf)[0],
+            tf.shape(rows)[0],
+            "`load` must return a row for each row that it is given",
+        )
+        with tf.control_dependencies([check]):
+            return tf.identity(leaf)
+
+    return tf.nest.map_structure(checked, loaded)
+
+
+def _empty(spec: Any) -> Any:
+    """No row of a leaf that `load` returns."""
+    if isinstance(spec, tf.RaggedTensorSpec):
+        inner = spec.shape[spec.ragged_rank + 1 :]
+        empty = tf.zeros([0, *(n or 0 for n in inner)], spec.dtype)
+        for _ in range(spec.ragged_rank):
+            empty = tf.RaggedTensor.from_row_splits(
+                empty, tf.constant([0], spec.row_splits_dtype)
+            )
+        return empty
+    if not isinstance(spec, tf.TensorSpec) or spec.shape.rank is None:
+        raise ValueError(
+            "`load` must return tensors of known rank, or ragged ones: "
+            f"`tf.ensure_shape` tells. Received {spec}."
+        )
+    return no_examples(spec)

@@ -58,6 +58,11 @@ def are_array_records(paths: Sequence[str]) -> bool:
     return found.pop()
 
 
+def num_bytes(paths: Sequence[str]) -> int:
+    """Size of all files."""
+    return sum(tf.io.gfile.stat(path).length for path in paths)
+
+
 def count(paths: Sequence[str]) -> int | None:
     """Records in TFRecord files; None if they are not on this host's disks.
 

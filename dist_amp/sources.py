@@ -201,7 +201,6 @@ def read_records(
         return _batches_by_place(found, parse, global_batch_size, shuffle_seed)
     number = records.count(paths)
     _check_has_records(number, pattern)
-    num_bytes = sum(tf.io.gfile.stat(path).length for path in paths)
     is_mixed = shuffle_seed is not None and len(paths) > 1
     examples = tf.data.TFRecordDataset(
         paths, num_parallel_reads=_NUM_FILES_AT_A_TIME if is_mixed else None
@@ -215,7 +214,9 @@ def read_records(
             examples,
             global_batch_size,
             shuffle_seed,
-            _buffer_size(num_bytes, number),
+            _UNKNOWN_BUFFER
+            if number is None
+            else _buffer_size(records.num_bytes(paths), number),
         ),
         for_each(parse),
     )

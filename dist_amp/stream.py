@@ -44,10 +44,17 @@ def is_infinite(dataset: HasLength) -> bool:
 
 
 def one_pass(dataset: DatasetLike) -> tf.data.Dataset:
-    """The first pass over the data: its shapes and length stand for all."""
+    """The first pass over the data: its shapes and length stand for all.
+
+    Made in a graph, as all passes to train on are: there alone is a shuffle
+    on a seed free of TensorFlow's global seed, which workers need not share.
+    """
     if isinstance(dataset, tf.data.Dataset) or not callable(dataset):
         return dataset
-    return dataset(tf.constant(0, tf.int64))
+    number = tf.constant(0, tf.int64)
+    if isinstance(dataset, ArrayBatches) or not tf.executing_eagerly():
+        return dataset(number)
+    return tf.function(dataset).get_concrete_function(number)(number)
 
 
 def stacks_of(

@@ -926,8 +926,15 @@ def _check_dataset(dataset: tf.data.Dataset) -> None:
             f"{type(dataset).__name__}; arrays become one by "
             "`tf.data.Dataset.from_tensor_slices((x, y)).batch(size)`."
         )
-    ranks = [leaf.shape.rank for leaf in tf.nest.flatten(dataset.element_spec)]
-    if 0 in ranks:
+    leaves = tf.nest.flatten(dataset.element_spec)
+    if any(isinstance(leaf, tf.SparseTensorSpec) for leaf in leaves):
+        raise ValueError(
+            "`dataset` must yield dense or ragged tensors, whose rows can be "
+            f"shared by replicas. Received {dataset.element_spec}; call "
+            "`tf.sparse.to_dense` in `dataset.map`."
+        )
+    shapes = [leaf.shape for leaf in leaves if hasattr(leaf, "shape")]
+    if any(shape.rank == 0 for shape in shapes):  # None has no shape
         raise ValueError(
             "`dataset` must yield global batches. Received single examples: "
             f"{dataset.element_spec}; call `dataset.batch(size)`."

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tensorflow_datasets.core.registered import DatasetNotFoundError
 
 from dist_amp import data as data_lib
-from dist_amp import sources, storage
+from dist_amp import records, sources, storage
 from dist_amp.loading import LoadedBatches, first_pass
 from dist_amp.stream import DatasetLike, one_pass
 from launch.config import ConfigError, TrainConfig
@@ -155,6 +155,14 @@ def _test_records(config: TrainConfig) -> DatasetLike | None:
     if not tf.io.gfile.glob(config.pattern_of("test")):
         _log.warning("no test split: no file %s", config.pattern_of("test"))
         return None
+    train, test = (
+        records.find(config.pattern_of(split)) for split in ("train", "test")
+    )
+    if shared := sorted({*train} & {*test}):
+        raise ConfigError(
+            f"--dataset={config.dataset} names {shared[0]} for train and for "
+            "test: let {split} tell them apart."
+        )
     return _records(config, "test")
 
 

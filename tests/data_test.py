@@ -59,6 +59,8 @@ def test_stacks_are_split_like_their_batches(num_parts, reduction):
 
 def test_batches_too_large_to_gain_by_it_are_not_stacked():
     image = np.zeros((4, 1024, 1024), "float32")
+    with pytest.raises(ValueError, match="as many examples"):
+        data.from_arrays((tf.zeros([9, 2]), tf.zeros([11])), 4)
     assert data.from_arrays(image, 1).stack_size == 1
     assert data.from_arrays(image[:, :512], 1).stack_size == 2
 

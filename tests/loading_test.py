@@ -72,6 +72,49 @@ def test_slices_are_those_of_batches_that_were_loaded_whole(num_parts, pad_to):
         ] == [leaf.shape.as_list() for leaf in flat_spec(cut_last, pad_to)]
 
 
+@pytest.mark.parametrize("kind", ["ragged", "none", "none and weights"])
+def test_leaves_of_other_kinds_are_cut_alike(kind):
+    def load(index):
+        number = tf.cast(index, tf.float32)
+        if kind == "ragged":
+            return tf.ragged.range(number + 1.0), number
+        return (number, None, number) if "weights" in kind else (number, None)
+
+    batches = tf.data.Dataset.range(9).batch(8)  # the last one of 1
+    loaded = LoadedBatches(batches, load)
+    cut_first = data.split(batches, num_replicas=4, load=loaded.load)
+    cut_last = data.split(loaded(zero()), num_replicas=4)
+    assert_same(
+        map(_with_lists, cut_first),
+        map(_with_lists, cut_last),
+    )
+
+
+def _with_lists(slices):
+    """Ragged tensors as their values and where rows end."""
+    return [
+        (leaf.values, leaf.row_splits)
+        if isinstance(leaf, tf.RaggedTensor)
+        else leaf
+        for batch in slices
+        for leaf in batch
+    ]
+
+
+def test_a_row_that_load_drops_or_adds_is_an_error():
+    batches = tf.data.Dataset.range(8).batch(8)
+    loaded = LoadedBatches(batches, lambda index: index[:1])
+    slices = data.split(batches, num_replicas=2, load=loaded.load)
+    with pytest.raises(tf.errors.InvalidArgumentError, match="a row for each"):
+        list(slices)
+
+
+def test_examples_that_are_no_batches_are_told():
+    loaded = LoadedBatches(tf.data.Dataset.range(8), lambda index: index)
+    with pytest.raises(ValueError, match="must be global batches"):
+        stream.one_pass(loaded)
+
+
 def flat_spec(dataset, pad_to):
     """Of what shapes have to be known: all, on a TPU."""
     leaves = tf.nest.flatten(dataset.element_spec)
@@ -114,13 +157,13 @@ class Replicas:
 
 def test_a_loss_that_divides_by_all_weights_loads_whole_batches():
     loaded = make_loaded()
-    plain = LoadedBatches(passes(zero()), loaded.load)
+    plain = LoadedBatches(stream.one_pass(passes), loaded.load)
     for dataset in (loaded, plain):
         feed = Feed(
             Replicas(4), range(4), dataset, reduction="mean_with_sample_weight"
         )
         expected = data.split(
-            loaded(zero()),
+            stream.one_pass(loaded),
             num_replicas=4,
             reduction="mean_with_sample_weight",
         )

@@ -117,6 +117,34 @@ def files(request, tmp_path):
     return str(tmp_path / f"{{split}}-*.{request.param}")
 
 
+def test_a_first_pass_is_that_of_training_whatever_the_global_seed(files):
+    dataset = sources.read_records(
+        files.format(split="train"), parse, global_batch_size=4, shuffle_seed=3
+    )
+
+    def order(batches):
+        return [int(y) for _, ys in batches for y in ys]
+
+    in_a_graph = tf.data.Dataset.range(1).flat_map(dataset)
+    expected = order(in_a_graph)
+    assert expected != sorted(expected)
+    for seed in (5, 6):
+        tf.random.set_seed(seed)
+        first = stream.one_pass(dataset)
+        assert order(first) == expected
+        assert order(first) == expected  # again, as in a second evaluation
+
+
+def test_a_file_of_both_splits_is_told(tmp_path):
+    write_tfrecords(tmp_path / "latest_train.tfrecord", range(3))
+    config = TrainConfig(
+        dataset=f"{tmp_path}/*{{split}}*.tfrecord",
+        parse="tests.sources_test:parse",
+    )
+    with pytest.raises(ConfigError, match=r"latest_train.* for train and"):
+        inputs.load_data(config)
+
+
 def pass_of(dataset, number):
     return dataset(tf.constant(number, tf.int64))
 

@@ -56,6 +56,14 @@ def test_files_of_their_own_for_both_splits_come_first(tmp_path):
     assert [bytes(row.tolist()) for row in found] == [b"test", b"test"]
     with pytest.raises(ValueError, match=r"Received 900 \(--dataset_option"):
         text.build("train", 4, 7, str(tmp_path), length=900)
+    (tmp_path / "test.txt").rename(tmp_path / "val.txt")
+    _, found = rows_of(text.build("test", 4, 7, str(tmp_path), length=3))
+    assert [bytes(row.tolist()) for row in found] == [b"test", b"test"]
+    (tmp_path / "train.txt").unlink()
+    with pytest.raises(FileNotFoundError, match=r"holds val\.txt alone"):
+        text.build("train", 4, 7, str(tmp_path), length=3)
+    with pytest.raises(FileNotFoundError, match="no folder holds no"):
+        text.build("train", 4, 7, None)
     with pytest.raises(FileNotFoundError, match="txt: pass as --data_dir"):
         text.build("train", 4, 7, str(tmp_path / "nowhere"))
 

@@ -9,6 +9,7 @@ from dist_amp.stream import DatasetLike
 
 NUM_TOKENS = 256  # one for each byte, UTF-8 as it is
 _TEST_PART = 10  # the last tenth of each file
+_TEST_NAMES = ("test", "val", "valid", "validation")
 
 
 def build(
@@ -22,19 +23,19 @@ def build(
 
     Args:
         split: "train", a function of the pass, or "test". They are
-            `train.txt` and `test.txt` if the folder has both; else the first
-            nine tenths of each `*.txt` and its last tenth.
+            `train.txt` and `test.txt` (or `val.txt`); of a folder without
+            those the first nine tenths of each `*.txt` and its last tenth.
         global_batch_size: Pieces in a batch.
         seed: Of the order.
         data_dir: The folder of the files.
         length: Of a piece (--dataset_option=length=...).
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: There is no such file, or but one of the two.
     """
     is_train = split == "train"
     return pieces.batches(
-        _parts(pathlib.Path(data_dir or "."), is_train=is_train),
+        _parts(data_dir, is_train=is_train),
         tf.uint8,
         length=length,
         global_batch_size=global_batch_size,
@@ -42,17 +43,24 @@ def build(
     )
 
 
-def _parts(folder: pathlib.Path, *, is_train: bool) -> list[pieces.Part]:
-    train, test = folder / "train.txt", folder / "test.txt"
-    if train.is_file() and test.is_file():
-        return [pieces.Part.whole(train if is_train else test)]
-    paths = sorted(path for path in folder.glob("*.txt") if path.is_file())
+def _parts(data_dir: str | None, *, is_train: bool) -> list[pieces.Part]:
+    found = pathlib.Path(data_dir).glob("*.txt") if data_dir else ()
+    paths = {path.stem: path for path in sorted(found) if path.is_file()}
     if not paths:
         raise FileNotFoundError(
-            f"{folder} holds no .txt: pass as --data_dir the folder of the "
-            "text."
+            f"{data_dir or 'no folder'} holds no .txt: pass as --data_dir the "
+            "folder of the text."
         )
-    return [_part(path, is_train=is_train) for path in paths]
+    named = [paths[name] for name in ("train", *_TEST_NAMES) if name in paths]
+    if len(named) == 1:
+        raise FileNotFoundError(
+            f"{data_dir} holds {named[0].name} alone: it takes train.txt and "
+            "test.txt, or files of other names, whose last tenths are kept to "
+            "test on."
+        )
+    if named:
+        return [pieces.Part.whole(named[0 if is_train else 1])]
+    return [_part(path, is_train=is_train) for path in paths.values()]
 
 
 def _part(path: pathlib.Path, *, is_train: bool) -> pieces.Part:
