@@ -6,9 +6,18 @@ import keras
 import pytest
 import tensorflow as tf
 
-from launch import inputs, models, observers
+from launch import build, hardware, inputs, models, observers
 from launch.config import TrainConfig
 from launch.run_dir import RunDir
+
+NAME = "tests.launch.build_test"
+
+
+def images(global_batch_size):
+    examples = tf.data.Dataset.from_tensor_slices(
+        (tf.zeros([64, 8, 8]), tf.zeros([64], tf.int32))
+    )
+    return examples.batch(global_batch_size)
 
 
 def model_of(*last):
@@ -76,6 +85,28 @@ def test_a_profile_goes_where_tensorboard_looks(tmp_path):
     profiler = observers.make_profiler(config, run_dir)
     assert [profiler.cut(9, step) for step in (0, 2, 3)] == [2, 1, 9]
     assert list((tmp_path / "tensorboard" / "plugins").rglob("*.xplane.pb"))
+
+
+@pytest.mark.parametrize("num_cpus", [1, 2])
+def test_an_update_in_parts_takes_as_many_flops(num_cpus):
+    """Of the mlp: 64 x 64 and 64 x 10, for 32 examples."""
+    counts = []
+    for parts in (1, 4):
+        config = TrainConfig(
+            dataset=f"{NAME}:images",
+            devices=tuple(f"CPU:{index}" for index in range(num_cpus)),
+            precision="float32",
+            gradient_accumulation_steps=parts,
+        )
+        data = inputs.load_data(config)
+        trainer = build.make_trainer(config, hardware.make_devices(config), data)
+        mfu = observers.make_mfu(config, data, trainer)
+        mfu._peak = 1e12
+        mfu.on_train_begin()
+        counts.append(mfu._flops)
+    examples = 32 // num_cpus
+    forward = 2 * examples * (64 * 64 + 64 * 10)
+    assert counts == [2 * forward + 2 * examples * 64 * 10] * 2
 
 
 def test_an_error_in_the_users_function_keeps_its_traceback():
