@@ -99,7 +99,8 @@ class TrainConfig:
         "dataset_info.json); files of records, as /data/{split}-*.tfrecord, "
         "with --parse; or module:function that returns a tf.data.Dataset. The "
         "function may take split, global_batch_size (then it batches by "
-        "itself), seed and data_dir.",
+        "itself), seed and data_dir; None for a seed annotated as int | None "
+        "asks for the data's own order.",
     )
     dataset_option: tuple[str, ...] = flag(
         (),

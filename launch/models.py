@@ -38,7 +38,7 @@ def make_model(
     if synchronized is not None:
         offered["synchronized"] = synchronized
     offered |= read_options("model_option", config.model_option, function)
-    model = call_with(function, **offered)
+    model = call_with("model", function, **offered)
     if is_keras:
         batch_norm.synchronize(model, synchronized)
     if not isinstance(model, keras.Model):

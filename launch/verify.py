@@ -23,9 +23,9 @@ import sys
 from absl import flags
 
 from launch.config import ConfigError, TrainConfig, check_positive, flag
+from launch.errors import is_ours
 from launch.flags import read_command_line
 from launch.quiet import quiet_start
-from launch.train import is_ours
 
 SUITES = (
     "replicas",

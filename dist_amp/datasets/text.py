@@ -14,7 +14,7 @@ _TEST_PART = 10  # the last tenth of each file
 def build(
     split: str,
     global_batch_size: int,
-    seed: int,
+    seed: int | None,
     data_dir: str | None,
     length: int = pieces.LENGTH,
 ) -> DatasetLike:
@@ -25,7 +25,7 @@ def build(
             `train.txt` and `test.txt` if the folder has both; else the first
             nine tenths of each `*.txt` and its last tenth.
         global_batch_size: Pieces in a batch.
-        seed: Of the order.
+        seed: Of the order; None keeps it.
         data_dir: The folder of the files.
         length: Of a piece (--dataset_option=length=...).
 

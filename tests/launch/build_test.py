@@ -6,8 +6,10 @@ import keras
 import pytest
 import tensorflow as tf
 
+import dist_amp
 from launch import build, hardware, inputs, models, observers
-from launch.config import TrainConfig
+from launch.config import ConfigError, TrainConfig
+from launch.errors import is_ours
 from launch.run_dir import RunDir
 
 NAME = "tests.launch.build_test"
@@ -52,20 +54,72 @@ def test_other_losses_are_keras_own():
 EXAMPLES = tf.data.Dataset.from_tensor_slices(
     (tf.zeros([64, 4]), tf.zeros([64], tf.int32))
 )
+IMAGES = tf.data.Dataset.from_tensor_slices(tf.zeros([64, 28, 28]))
 
 
 @pytest.mark.parametrize(
-    ("dataset", "batch_size"),
+    "dataset",
     [
-        (EXAMPLES, 32),
-        (EXAMPLES.batch(16), 16),
-        (EXAMPLES.batch(16, drop_remainder=True), 16),
+        EXAMPLES,
+        EXAMPLES.batch(16),
+        EXAMPLES.batch(16).map(lambda x, y: (x + 1.0, y)),
+        EXAMPLES.batch(16, drop_remainder=True).shuffle(9).prefetch(1),
+        tf.data.Dataset.zip(EXAMPLES.batch(16, True), EXAMPLES.batch(16, True)),
+        IMAGES.map(lambda image: (image, image[0, :3])),
     ],
 )
-def test_examples_are_batched_and_batches_are_left_alone(dataset, batch_size):
-    data = inputs._data_of(lambda: dataset, TrainConfig())
-    assert next(iter(data.train))[0].shape == (batch_size, 4)
+def test_examples_are_batched_and_batches_are_left_alone(dataset):
+    config = TrainConfig(global_batch_size=16)
+    data = inputs._data_of(lambda: dataset, config)
+    sizes = {x.shape[0] for x in tf.nest.flatten(next(iter(data.train)))}
+    assert sizes == {16}
     assert data.test is None
+
+
+@pytest.mark.parametrize(
+    "dataset",
+    [
+        IMAGES.map(lambda image: (image, image)),
+        # A sequence and what follows each of it, made by `batch` and by `map`.
+        EXAMPLES.batch(16, drop_remainder=True).map(lambda x, y: (x, y)),
+        EXAMPLES.batch(16).map(lambda x, y: (y, y)),
+        tf.data.Dataset.from_generator(list, tf.float32),
+    ],
+)
+def test_what_may_be_batches_or_examples_is_asked_for(dataset):
+    with pytest.raises(ConfigError, match="take `global_batch_size`"):
+        inputs._data_of(lambda: dataset, TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("dataset", "settings", "told"),
+    [
+        (EXAMPLES.batch(64), {"global_batch_size": 16}, "size=64, or"),
+        (EXAMPLES.batch(8), {"global_batch_size": 16}, "size=8, or"),
+        (
+            EXAMPLES.batch(16, drop_remainder=True),
+            {"global_batch_size": 16, "gradient_accumulation_steps": 2},
+            "=16 in 2 parts makes batches of 8.*of 16: pass .*=32",
+        ),
+        (
+            dist_amp.LoadedBatches(EXAMPLES.batch(8), lambda x, y: (x, y)),
+            {},
+            "=32 makes batches of 32.*returns batches of 8",
+        ),
+    ],
+)
+def test_batches_of_another_size_than_the_flag_s(dataset, settings, told):
+    with pytest.raises(ConfigError, match=told):
+        inputs._data_of(lambda: dataset, TrainConfig(**settings))
+
+
+def test_a_dataset_smaller_than_a_batch_is_one():
+    for number in (1, 63, 64):
+        dataset = EXAMPLES.take(number).batch(64)
+        data = inputs._data_of(
+            lambda dataset=dataset: dataset, TrainConfig(global_batch_size=64)
+        )
+        assert data.train is dataset
 
 
 def test_a_function_gets_what_it_takes():
@@ -99,7 +153,9 @@ def test_an_update_in_parts_takes_as_many_flops(num_cpus):
             gradient_accumulation_steps=parts,
         )
         data = inputs.load_data(config)
-        trainer = build.make_trainer(config, hardware.make_devices(config), data)
+        trainer = build.make_trainer(
+            config, hardware.make_devices(config), data
+        )
         mfu = observers.make_mfu(config, data, trainer)
         mfu._peak = 1e12
         mfu.on_train_begin()
@@ -115,6 +171,27 @@ def test_an_error_in_the_users_function_keeps_its_traceback():
 
     with pytest.raises(RuntimeError, match=r"broken raised.*no file"):
         inputs._data_of(broken, TrainConfig())
+
+
+def test_errors_of_our_own_speak_for_themselves():
+    text = {"dataset": "dist_amp.datasets.text:build"}
+    with pytest.raises(ConfigError, match="nowhere holds no"):
+        inputs.load_data(TrainConfig(**text, data_dir="nowhere"))
+    data = inputs.Data(EXAMPLES.batch(8), None, None)
+    pooled = TrainConfig(model="encoder", model_option=("pooling=most",))
+    with pytest.raises(ValueError, match="`pooling` must be one of") as caught:
+        models.make_model(pooled, data)
+    assert is_ours(caught.value)
+
+
+def no_file():
+    raise FileNotFoundError("of the user's")
+
+
+def test_errors_that_are_not_ours_are_not_told_as_ours():
+    with pytest.raises(FileNotFoundError) as caught:
+        inputs.load_data(TrainConfig(dataset=f"{NAME}:no_file"))
+    assert not is_ours(caught.value)
 
 
 if __name__ == "__main__":
