@@ -13,7 +13,12 @@ import tensorflow as tf
 import dist_amp
 from dist_amp import storage, weights
 from dist_amp.checkpoint import readable_size, whole_manifests
-from launch.config import ConfigError, TrainConfig
+from launch.config import (
+    MAX_ROLLBACKS,
+    ROLLBACK_FACTOR,
+    ConfigError,
+    TrainConfig,
+)
 from launch.hardware import Devices, seed
 from launch.inputs import Data
 from launch.models import check_metrics, make_loss, make_model
@@ -37,7 +42,12 @@ def make_trainer(
         devices: From `make_devices`.
         data: From `load_data` or `load_split`.
         trains: Else the optimizer is one that keeps no state.
+
+    Raises:
+        ConfigError: Training is too short for the settings.
     """
+    if trains:
+        _check_length(config, data)
     # Again: what reading data took of the generators must change no weight.
     seed(config)
     with dist_amp.scope(devices.strategy, devices.precision):
@@ -54,6 +64,14 @@ def make_trainer(
         metrics=config.metrics,
         jit_compile=config.jit_compile,
     )
+
+
+def _check_length(config: TrainConfig, data: Data) -> None:
+    """Refuses what would come after the end of training, if that is known."""
+    per_epoch = updates_per_epoch(config, data)
+    if per_epoch is not None:
+        num_updates = per_epoch * config.num_epochs
+        config.check_length(num_updates, f"a training of {num_updates} updates")
 
 
 def describe(
@@ -201,9 +219,9 @@ def rollback_policy(config: TrainConfig) -> dist_amp.RollbackPolicy | None:
         return None
     return dist_amp.RollbackPolicy(
         on=config.rollback_on,
-        max_rollbacks=config.max_rollbacks,
+        max_rollbacks=config.max_rollbacks or MAX_ROLLBACKS,
         lower=config.rollback_lower,
-        factor=config.rollback_factor,
+        factor=config.rollback_factor or ROLLBACK_FACTOR,
     )
 
 

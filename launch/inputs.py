@@ -30,8 +30,17 @@ class Data:
 
 
 def load_data(config: TrainConfig) -> Data:
-    """Loads a TFDS dataset, or calls the user's function for each split."""
+    """Loads a TFDS dataset, or calls the user's function for each split.
+
+    Raises:
+        ConfigError: There are no such data, or a setting does not fit them.
+    """
     data = _load(config)
+    if config.eval_steps is not None and data.test is None:
+        raise ConfigError(
+            f"--eval_steps contradicts --dataset={config.dataset}: there is no "
+            "test split; drop the flag."
+        )
     if config.input_dtype == "float32":
         return data
     cast = functools.partial(data_lib.cast_inputs, dtype=config.input_dtype)

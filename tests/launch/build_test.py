@@ -132,6 +132,23 @@ def test_a_function_gets_what_it_takes():
     assert (len(data.train), len(data.test)) == (4, 1)
 
 
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"profile_steps": "20:25"}, "--profile_steps contradicts a training"),
+        ({"warmup_steps": 21}, "--warmup_steps contradicts.*of 20 updates"),
+        ({"eval_steps": 3}, "--eval_steps contradicts.*there is no test"),
+        ({"data_dir": "there"}, "--data_dir contradicts.*takes no `data_dir`"),
+    ],
+)
+def test_what_would_be_ignored_with_these_data_is_told(settings, told):
+    config = TrainConfig(dataset=f"{NAME}:images", epochs=10, **settings)
+    with pytest.raises(ConfigError, match=told):
+        build.make_trainer(
+            config, hardware.make_devices(config), inputs.load_data(config)
+        )
+
+
 def test_a_profile_goes_where_tensorboard_looks(tmp_path):
     run_dir = RunDir(str(tmp_path))
     assert observers.make_profiler(TrainConfig(), run_dir) is None
