@@ -21,7 +21,7 @@ from launch.config import (
 )
 from launch.hardware import Devices, seed
 from launch.inputs import Data
-from launch.models import check_metrics, make_loss, make_model
+from launch.models import make_loss, make_metrics, make_model, takes_logits
 from launch.run_dir import RunDir
 from launch.updates import make_optimizer, updates_per_epoch
 
@@ -56,12 +56,13 @@ def make_trainer(
             optimizer = make_optimizer(config, data)
         else:
             optimizer = dist_amp.wrap_optimizer(keras.optimizers.SGD())
-    check_metrics(config)
+        loss = make_loss(config, model)
+        metrics = make_metrics(config, loss)
     return dist_amp.Trainer(
         model,
         optimizer,
-        loss=make_loss(config, model),
-        metrics=config.metrics,
+        loss=loss,
+        metrics=metrics,
         jit_compile=config.jit_compile,
     )
 
@@ -100,6 +101,7 @@ def describe(
         "steps_per_epoch": updates_per_epoch(config, data),
         "per_replica_batch_size": config.batch_size
         / devices.strategy.num_replicas_in_sync,
+        "from_logits": takes_logits(trainer.loss),
         "num_parameters": trainer.model.count_params(),
         "optimizer": inner["config"],
     }

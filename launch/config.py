@@ -131,12 +131,17 @@ class TrainConfig:
     loss: str = flag(
         "sparse_categorical_crossentropy",
         "A Keras loss, or module:function. Whether a cross-entropy takes "
-        "logits is read off the model's last activation.",
+        "logits is read off what the model's output comes from; config.json "
+        "tells, as from_logits.",
     )
     label_smoothing: float = flag(
         0.0, "Part of a label that is spread over all classes."
     )
-    metrics: tuple[str, ...] = flag(("accuracy",), "Keras metrics.")
+    metrics: tuple[str, ...] = flag(
+        ("accuracy",),
+        "Keras metrics: of probabilities, where a cross-entropy of Keras "
+        "takes logits.",
+    )
 
     input_dtype: str = flag(
         "float32",
@@ -396,7 +401,7 @@ class TrainConfig:
     @property
     def loss_class(self) -> str:
         """`loss` as Keras names the class."""
-        return _as_class_name(self.loss)
+        return as_class_name(self.loss)
 
     @property
     def num_epochs(self) -> int:
@@ -723,7 +728,7 @@ class TrainConfig:
                 f"--dataset={self.dataset}",
                 "only module:function takes options",
             )
-        is_class = self.loss in map(_as_class_name, _SMOOTHED)
+        is_class = self.loss in map(as_class_name, _SMOOTHED)
         if self.label_smoothing and not (is_class or self.loss in _SMOOTHED):
             _contradict(
                 "label_smoothing",
@@ -851,7 +856,7 @@ def check_positive(settings: Any, *names: str) -> None:
             _fail(name, "must be positive", value)
 
 
-def _as_class_name(name: str) -> str:
+def as_class_name(name: str) -> str:
     """`MeanSquaredError` for mean_squared_error."""
     if not name.islower():
         return name

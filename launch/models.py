@@ -1,21 +1,47 @@
 """From a config to the model, its loss and its metrics."""
 
 import inspect
+import re
 from typing import Any
 
 import keras
 import tensorflow as tf
 
 from dist_amp import data as data_lib
-from dist_amp import losses
+from dist_amp import losses, metrics, optimizer
 from dist_amp.models import batch_norm
 from dist_amp.stream import one_pass
-from launch.config import ConfigError, TrainConfig
+from launch.config import ConfigError, TrainConfig, as_class_name
 from launch.imported import call_with, imported
 from launch.inputs import Data
 from launch.options import read_options
 
 _OF_KERAS = "keras.applications"
+
+_BINARY = (
+    keras.losses.BinaryCrossentropy,
+    keras.losses.BinaryFocalCrossentropy,
+)
+_CROSS_ENTROPIES = (
+    keras.metrics.BinaryCrossentropy,
+    keras.metrics.CategoricalCrossentropy,
+    keras.metrics.SparseCategoricalCrossentropy,
+)
+# Metrics that look at the order of scores only, or are made for scores.
+_OF_SCORES = (
+    keras.metrics.CategoricalAccuracy,
+    keras.metrics.SparseCategoricalAccuracy,
+    keras.metrics.TopKCategoricalAccuracy,
+    keras.metrics.SparseTopKCategoricalAccuracy,
+    keras.metrics.Hinge,
+    keras.metrics.SquaredHinge,
+    keras.metrics.CategoricalHinge,
+)
+# What makes probabilities: names of functions, and of operations of Keras.
+_ACTIVATIONS = ("softmax", "softmax_v2", "sigmoid", "hard_sigmoid", "sparsemax")
+_OPERATIONS = ("Softmax", "Sigmoid", "HardSigmoid", "Sparsemax")
+# Operations of Keras that leave numbers as they are.
+_HANDING_ON = ("Cast", "ExpandDims", "Reshape", "Squeeze", "Transpose")
 
 
 def make_model(
@@ -68,15 +94,53 @@ def _offered_to_model(data: Data, *, is_keras: bool) -> dict[str, Any]:
     }
 
 
-def check_metrics(config: TrainConfig) -> None:
-    """Whether Keras has metrics of those names."""
-    for name in config.metrics:
-        try:
-            keras.metrics.get(name)
-        except ValueError as error:
-            raise ConfigError(
-                f"--metrics must be names of Keras metrics. Received {name}."
-            ) from error
+def make_metrics(config: TrainConfig, loss: Any) -> list[Any]:
+    """The metrics of the flags, of probabilities where the loss has logits.
+
+    Args:
+        config: The settings.
+        loss: From `make_loss`.
+
+    Raises:
+        ConfigError: Keras has no metric of such a name.
+    """
+    # What a loss of the user's takes is the user's to know.
+    is_of_logits = ":" not in config.loss and takes_logits(loss)
+    activation = None
+    if is_of_logits:
+        is_binary = isinstance(loss, _BINARY)
+        activation = "sigmoid" if is_binary else "softmax"
+    return [_make_metric(name, activation) for name in config.metrics]
+
+
+def takes_logits(loss: Any) -> bool | None:
+    """Whether a loss takes logits; None if it is no cross-entropy."""
+    return getattr(loss, "from_logits", None)
+
+
+def _make_metric(name: str, activation: str | None) -> Any:
+    """A metric by name; of logits, if they have an activation to come."""
+    if name.lower() in ("accuracy", "acc"):  # `MetricSet` looks at the shapes
+        if activation == "sigmoid":
+            return metrics.OfProbabilities(name, activation)
+        return name
+    try:
+        found = keras.metrics.get(name)
+    except ValueError as error:
+        raise ConfigError(
+            f"--metrics must be names of Keras metrics. Received {name}."
+        ) from error
+    if not isinstance(found, keras.metrics.Metric):
+        found = keras.metrics.MeanMetricWrapper(found, name=found.__name__)
+    kind, options = type(found), found.get_config()
+    # Keras numbers those that it names by itself.
+    options["name"] = re.sub(r"_\d+$", "", found.name)
+    if activation and kind in _CROSS_ENTROPIES:
+        return kind.from_config(options | {"from_logits": True})
+    made = kind.from_config(options)
+    if activation is None or kind in _OF_SCORES:
+        return made
+    return metrics.OfProbabilities(made, activation)
 
 
 def make_loss(config: TrainConfig, model: keras.Model) -> Any:
@@ -84,37 +148,71 @@ def make_loss(config: TrainConfig, model: keras.Model) -> Any:
     if ":" in config.loss:
         return imported("loss", config.loss)
     loss_class = getattr(keras.losses, config.loss_class, None)
-    if isinstance(loss_class, type):
-        if "from_logits" not in inspect.signature(loss_class).parameters:
-            return loss_class()
-        from_logits = not _ends_in_probabilities(model)
-        if not config.label_smoothing:
-            return loss_class(from_logits=from_logits)
-        if loss_class is keras.losses.SparseCategoricalCrossentropy:
-            return losses.SmoothedCrossentropy(
-                config.label_smoothing, from_logits=from_logits
-            )
-        return loss_class(
-            from_logits=from_logits, label_smoothing=config.label_smoothing
+    if not isinstance(loss_class, type):
+        loss_class = _loss_of_short_name(config.loss)
+    if "from_logits" not in inspect.signature(loss_class).parameters:
+        return loss_class()
+    from_logits = not ends_in_probabilities(model)
+    if not config.label_smoothing:
+        return loss_class(from_logits=from_logits)
+    if loss_class is keras.losses.SparseCategoricalCrossentropy:
+        return losses.SmoothedCrossentropy(
+            config.label_smoothing, from_logits=from_logits
         )
+    return loss_class(
+        from_logits=from_logits, label_smoothing=config.label_smoothing
+    )
+
+
+def _loss_of_short_name(name: str) -> Any:
+    """BinaryCrossentropy for bce, which Keras has as a function."""
     try:
-        return keras.losses.get(config.loss)
-    except ValueError as error:
+        function = keras.losses.get(name)
+        return getattr(keras.losses, as_class_name(function.__name__))
+    except (ValueError, AttributeError) as error:
         raise ConfigError(
-            "--loss must be a Keras loss or module:function. Received "
-            f"{config.loss}."
+            f"--loss must be a Keras loss or module:function. Received {name}."
         ) from error
 
 
-def _ends_in_probabilities(model: keras.Model) -> bool:
-    """Whether the last activation is a softmax or a sigmoid."""
-    for layer in reversed(model.layers):
-        if isinstance(layer, keras.Model):
-            return _ends_in_probabilities(layer)
-        if isinstance(layer, keras.layers.Softmax):
-            return True
-        activation = getattr(layer, "activation", None)
-        if activation is not None:
-            name = getattr(activation, "__name__", "")
-            return name in ("softmax", "sigmoid")
+def ends_in_probabilities(model: keras.Model) -> bool:
+    """Whether the first output comes from a softmax or a sigmoid.
+
+    What only hands on, as a change of shape or of dtype, is passed over. In a
+    functional model the output is followed back, in others the layers.
+    """
+    outputs = tf.nest.flatten(getattr(model, "outputs", None) or [])
+    if isinstance(model, keras.Sequential) or not outputs:
+        found = map(_makes_probabilities, reversed(model.layers))
+        return bool(next((one for one in found if one is not None), False))
+    inputs = outputs[:1]
+    while len(inputs) == 1:
+        operation, inputs = optimizer.made_by(inputs[0])
+        verdict = _makes_probabilities(operation)
+        if verdict is not None:
+            return verdict
     return False
+
+
+def _makes_probabilities(operation: Any) -> bool | None:
+    """Of a layer, or an operation of Keras; None if it hands on."""
+    if isinstance(operation, keras.Model):
+        return ends_in_probabilities(operation)
+    if isinstance(operation, keras.layers.Wrapper):
+        return _makes_probabilities(operation.layer)
+    kind = type(operation).__name__
+    if not isinstance(operation, keras.layers.Layer):  # of keras.ops
+        return None if kind in _HANDING_ON else kind in _OPERATIONS
+    is_lambda = isinstance(operation, keras.layers.Lambda)
+    function = getattr(
+        operation, "function" if is_lambda else "activation", None
+    )
+    name = getattr(function, "__name__", type(function).__name__)
+    if "Softmax" in (kind, name) or name in _ACTIVATIONS:
+        return True
+    is_linear = isinstance(operation, keras.layers.Activation) and (
+        name == "linear"
+    )
+    if is_lambda or is_linear:
+        return None
+    return False if function is not None or operation.weights else None

@@ -119,14 +119,15 @@ def verify(config: VerifyConfig) -> int:
         models.make_model, config, data, synchronized=True
     )
     with quiet_start():  # float16 on CPUs has its own chatter
+        loss = models.make_loss(config, model_fn())
         certificate = dist_amp.verify(
             model_fn,
             data.train,
             optimizer_fn=functools.partial(
                 updates.make_optimizer, config, data
             ),
-            loss=models.make_loss(config, model_fn()),
-            metrics=config.metrics,
+            loss=loss,
+            metrics=models.make_metrics(config, loss),
             precision=config.precision,
             num_steps=config.num_steps,
             num_replicas=config.replicas,

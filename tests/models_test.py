@@ -297,7 +297,7 @@ def test_a_model_of_keras_is_built_for_the_data():
     with support.make_strategy(2).scope():
         model = models.make_model(config, inputs.Data(batches, None, 7))
     assert model.output_shape == (None, 7)
-    assert not models._ends_in_probabilities(model)
+    assert not models.ends_in_probabilities(model)
     assert not any(
         isinstance(layer, keras.layers.Rescaling) for layer in model.layers
     )

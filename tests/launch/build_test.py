@@ -1,8 +1,10 @@
 """What a config becomes: losses, data, devices."""
 
+import dataclasses
 import sys
 
 import keras
+import numpy as np
 import pytest
 import tensorflow as tf
 
@@ -11,6 +13,7 @@ from launch import build, hardware, inputs, models, observers
 from launch.config import ConfigError, TrainConfig
 from launch.errors import is_ours
 from launch.run_dir import RunDir
+from tests import support
 
 NAME = "tests.launch.build_test"
 
@@ -38,12 +41,148 @@ def model_of(*last):
         ([keras.layers.Dense(3, activation="softmax")], False),
         ([keras.layers.Dense(3), keras.layers.Softmax()], False),
         ([keras.layers.Dense(3), keras.layers.Activation("sigmoid")], False),
+        (
+            [
+                keras.layers.Dense(3, activation=tf.nn.softmax),
+                keras.layers.Activation("linear", dtype="float32"),
+            ],
+            False,
+        ),
+        (
+            [
+                keras.layers.Dense(3, activation="sigmoid"),
+                keras.layers.Reshape((3, 1)),
+                keras.layers.Flatten(),
+                keras.layers.Identity(),
+            ],
+            False,
+        ),
+        (
+            [
+                keras.layers.Dense(3, activation="sigmoid"),
+                keras.layers.Dense(3),
+                keras.layers.Activation("linear", dtype="float32"),
+            ],
+            True,
+        ),
         ([], True),
     ],
 )
 def test_cross_entropies_take_what_the_model_ends_in(name, last, from_logits):
     loss = models.make_loss(TrainConfig(loss=name), model_of(*last))
     assert loss.get_config()["from_logits"] is from_logits
+
+
+def functional(*last):
+    """A model whose output is what some functions make of a hidden layer."""
+    first = keras.Input((4,))
+    hidden = keras.layers.Dense(3, activation="sigmoid")(first)
+    x = keras.layers.Dense(3)(hidden)
+    for function in last:
+        x = function(x)
+    return keras.Model(first, x)
+
+
+def in_parallel(x):
+    return keras.layers.Add()([x, keras.ops.softmax(x)])
+
+
+@pytest.mark.parametrize(
+    ("last", "from_logits"),
+    [
+        ([keras.ops.softmax], False),
+        ([keras.ops.sigmoid, lambda x: keras.ops.cast(x, "float32")], False),
+        ([in_parallel], True),
+        ([], True),
+    ],
+)
+def test_the_operation_behind_the_output_is_looked_at(last, from_logits):
+    model = functional(*last)
+    loss = models.make_loss(TrainConfig(), model)
+    assert loss.from_logits is from_logits
+    nested = keras.Sequential([keras.Input((4,)), model])
+    assert models.ends_in_probabilities(nested) is not from_logits
+
+
+@pytest.mark.parametrize(
+    ("name", "loss", "num_outputs"),
+    [
+        ("accuracy", "binary_crossentropy", 1),
+        ("accuracy", "bce", 3),
+        ("BinaryAccuracy", "binary_crossentropy", 1),
+        ("binary_crossentropy", "bce", 1),
+        ("auc", "binary_crossentropy", 1),
+        ("precision", "BinaryFocalCrossentropy", 3),
+        ("recall", "binary_crossentropy", 1),
+        ("f1_score", "categorical_crossentropy", 3),
+        ("mse", "categorical_crossentropy", 3),
+        ("categorical_accuracy", "categorical_crossentropy", 3),
+        ("sparse_categorical_crossentropy", None, 3),
+        ("accuracy", None, 3),
+    ],
+)
+def test_metrics_are_those_of_probabilities(name, loss, num_outputs):
+    """A model that ends in logits has the results of one with an activation."""
+    loss = loss or "sparse_categorical_crossentropy"
+    is_binary = loss.lower().startswith("b")
+    random = np.random.default_rng(1)
+    x = random.normal(size=(16, 4)).astype("float32")
+    y = random.integers(0, 2, size=(16, num_outputs)).astype("float32")
+    if not is_binary:
+        y = np.eye(3, dtype="float32")[random.integers(0, 3, size=16)]
+    if loss.startswith("sparse"):
+        y = y.argmax(axis=-1)
+    config = TrainConfig(
+        loss=loss, metrics=(name,), model=f"{NAME}:ending", precision="float32"
+    )
+    results = []
+    for activation in (None, "sigmoid" if is_binary else "softmax"):
+        data = inputs.Data(support.batched((x, y)), None, None)
+        options = (f"activation={activation}", f"units={num_outputs}")
+        trainer = build.make_trainer(
+            dataclasses.replace(config, model_option=options),
+            hardware.make_devices(config),
+            data,
+        )
+        trainer.build(data.train)
+        for variable in trainer.model.variables:
+            variable.assign(random_like(variable))
+        results.append(trainer.evaluate(data.train))
+    assert list(results[0]) == list(results[1])
+    for one, other in zip(*(r.values() for r in results), strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    assert not any(key[-1].isdigit() for key in results[0])
+
+
+def random_like(variable):
+    return np.random.default_rng(2).normal(size=variable.shape)
+
+
+def ending(activation: str | None, units: int):
+    last = keras.layers.Dense(units, activation=activation, dtype="float32")
+    return keras.Sequential([keras.Input((4,)), last])
+
+
+def test_metrics_of_logits_are_kept_apart_on_replicas():
+    loss = keras.losses.BinaryCrossentropy(from_logits=True)
+    config = TrainConfig(
+        loss="binary_crossentropy", metrics=("auc", "accuracy")
+    )
+    x, y = support.make_arrays(27)
+    dataset = support.batched((x, (y > 0).astype("float32")[:, None]))
+    one, two = (
+        support.make_trainer(
+            lambda: keras.Sequential(
+                [keras.Input((6,)), keras.layers.Dense(1)]
+            ),
+            num_replicas=number,
+            loss=loss,
+            metrics=models.make_metrics(config, loss),
+        )
+        for number in (1, 2)
+    )
+    assert two.evaluate(dataset) == pytest.approx(one.evaluate(dataset))
+    assert two.metrics.direction_of("accuracy") == "max"
 
 
 def test_other_losses_are_keras_own():
