@@ -24,6 +24,10 @@ MetricsLike: TypeAlias = (
 )
 
 
+# Packages whose metrics have one result, of the metric's name.
+_KNOWN = ("keras", "dist_amp")
+
+
 class MetricSet:
     """The mean loss, metrics of the predictions, and counts of bad numbers.
 
@@ -78,6 +82,17 @@ class MetricSet:
                 f"from 'loss'. Received {names}."
             )
         self.reset()
+
+    @property
+    def names(self) -> list[str] | None:
+        """Of the results; None where a metric of the user's decides.
+
+        Its result may be a dict of any names.
+        """
+        for _, metric in self._metrics:
+            if type(metric).__module__.partition(".")[0] not in _KNOWN:
+                return None
+        return ["loss", *(_full_name(*pair) for pair in self._metrics)]
 
     def direction_of(self, name: str) -> str | None:
         """Tells "max" or "min" for a metric that Keras says is better so."""

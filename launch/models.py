@@ -1,6 +1,7 @@
 """From a config to the model, its loss and its metrics."""
 
 import inspect
+import logging
 import re
 from typing import Any
 
@@ -15,6 +16,8 @@ from launch.config import ConfigError, TrainConfig, as_class_name
 from launch.imported import call_with, imported
 from launch.inputs import Data
 from launch.options import read_options
+
+_log = logging.getLogger(__name__)
 
 _OF_KERAS = "keras.applications"
 
@@ -67,6 +70,7 @@ def make_model(
     model = call_with("model", function, **offered)
     if is_keras:
         batch_norm.synchronize(model, synchronized)
+        _check_scaling(config, model)
     if not isinstance(model, keras.Model):
         raise ConfigError(
             f"--model={config.model} must return a keras.Model. Received "
@@ -92,6 +96,26 @@ def _offered_to_model(data: Data, *, is_keras: bool) -> dict[str, Any]:
         "classifier_activation": None,
         "include_preprocessing": False,  # images are in [0, 1] already
     }
+
+
+def _check_scaling(config: TrainConfig, model: keras.Model) -> None:
+    """Whether a model of Keras' own would scale images a second time."""
+    kinds = keras.layers.Rescaling | keras.layers.Normalization
+    names = [one.name for one in model.layers if isinstance(one, kinds)]
+    if not names:
+        return
+    told = (
+        f"--model={config.model} scales its inputs by itself "
+        f"({', '.join(names)}), which must be in 0..255"
+    )
+    if config.data_kind == "tfds":
+        raise ConfigError(
+            f"{told}; images of --dataset={config.dataset} come in [0, 1]. "
+            "Name a model that takes include_preprocessing and leave that "
+            "alone, as keras.applications:EfficientNetV2B0, or a function of "
+            "yours as --dataset that returns images in 0..255."
+        )
+    _log.warning("%s: those of your data have to be", told)
 
 
 def make_metrics(config: TrainConfig, loss: Any) -> list[Any]:

@@ -287,6 +287,19 @@ def test_a_models_name_builds_for_the_data(settings, shape):
         assert model.count_params() == 64 * hidden + hidden + 10 * hidden + 10
 
 
+def test_a_model_of_keras_scales_nothing_twice(caplog):
+    """EfficientNetB0 divides by 255, which cannot be turned off."""
+    settings = {"model": "keras.applications:EfficientNetB0"}
+    images = inputs.Data(
+        tf.data.Dataset.from_tensors(tf.zeros([2, 32, 32, 3])), None, 7
+    )
+    with pytest.raises(ConfigError, match=r"rescaling.*in \[0, 1\]. Name a"):
+        models.make_model(TrainConfig(**settings, dataset="cifar10"), images)
+    of_user = TrainConfig(**settings, dataset="tests.support:make_dataset")
+    models.make_model(of_user, images)
+    assert "which must be in 0..255: those of your data" in caplog.text
+
+
 def test_a_model_of_keras_is_built_for_the_data():
     config = TrainConfig(
         model="keras.applications:MobileNetV3Small",
