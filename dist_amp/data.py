@@ -25,6 +25,12 @@ _SHUFFLE_BUFFER = 50_000
 
 _AUTOTUNE = tf.data.AUTOTUNE
 
+_PRIVATE_NAMES = {
+    "tensorflow 2.21, Dataset": {
+        "_inputs": "the datasets that one was made of, to find `batch`",
+    },
+}
+
 # Of TensorFlow's datasets, those that make batches, and those whose elements
 # are the same as before. What `map` makes of a batch may be an example.
 _BATCHING = ("Batch", "ParallelBatch", "PaddedBatch", "Rebatch")
@@ -352,7 +358,6 @@ def _is_made_by_batch(dataset: tf.data.Dataset) -> bool:
     kind = type(dataset).__name__.strip("_").removesuffix("Dataset")
     if kind in _BATCHING:
         return True
-    # Private in TensorFlow 2.21, as the names of these classes.
     before = dataset._inputs()
     return kind in _HANDING_ON and all(map(_is_made_by_batch, before))
 

@@ -401,7 +401,7 @@ class TrainConfig:
     @property
     def loss_class(self) -> str:
         """`loss` as Keras names the class."""
-        return as_class_name(self.loss)
+        return _as_class_name(self.loss)
 
     @property
     def num_epochs(self) -> int:
@@ -728,7 +728,7 @@ class TrainConfig:
                 f"--dataset={self.dataset}",
                 "only module:function takes options",
             )
-        is_class = self.loss in map(as_class_name, _SMOOTHED)
+        is_class = self.loss in map(_as_class_name, _SMOOTHED)
         if self.label_smoothing and not (is_class or self.loss in _SMOOTHED):
             _contradict(
                 "label_smoothing",
@@ -856,7 +856,7 @@ def check_positive(settings: Any, *names: str) -> None:
             _fail(name, "must be positive", value)
 
 
-def as_class_name(name: str) -> str:
+def _as_class_name(name: str) -> str:
     """`MeanSquaredError` for mean_squared_error."""
     if not name.islower():
         return name

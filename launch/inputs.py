@@ -12,7 +12,7 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 from dist_amp import data as data_lib
 from dist_amp import sources, storage
 from dist_amp.loading import LoadedBatches, first_pass
-from dist_amp.stream import DatasetLike, one_pass
+from dist_amp.stream import DatasetLike, length_of, one_pass
 from launch.config import ConfigError, TrainConfig
 from launch.imported import call_with, imported, takes, takes_none
 from launch.options import read_options
@@ -233,14 +233,13 @@ def _user_dataset(
             "function of the pass over the data that returns one. Received "
             f"{type(whole).__name__}."
         )
-    if takes(function, "global_batch_size"):
-        return dataset
+    takes_size = takes(function, "global_batch_size")
     if isinstance(dataset, LoadedBatches):
         whole = one_pass(dataset.batches)
-    elif not _has_batches(whole, config):
+    elif not takes_size and not _has_batches(whole, config):
         return _batched(dataset, config.batch_size)
     if split == "train":
-        _check_size(whole, config)
+        _check_size(whole, config, is_told=takes_size)
     return dataset
 
 
@@ -267,11 +266,20 @@ def _has_batches(whole: tf.data.Dataset, config: TrainConfig) -> bool:
     return is_batched
 
 
-def _check_size(batches: tf.data.Dataset, config: TrainConfig) -> None:
-    """Whether a user's own batches are as large as the flags say."""
+def _check_size(
+    batches: tf.data.Dataset, config: TrainConfig, *, is_told: bool
+) -> None:
+    """Whether a user's own batches are as large as the flags say.
+
+    Of a function that was told so, none is read to see.
+    """
     wanted = config.batch_size
-    size = data_lib.batch_size_of(batches) or _first_size(batches, wanted)
-    if size in (None, wanted):
+    size = data_lib.batch_size_of(batches)
+    if size is None and not is_told:
+        size = _first_size(batches, wanted)
+    if size is None or size == wanted:
+        return
+    if size < wanted and length_of(batches) == 1:
         return
     parts = config.gradient_accumulation_steps
     in_parts = "" if parts == 1 else f" in {parts} parts"

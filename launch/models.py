@@ -12,7 +12,7 @@ from dist_amp import data as data_lib
 from dist_amp import losses, metrics, optimizer
 from dist_amp.models import batch_norm
 from dist_amp.stream import one_pass
-from launch.config import ConfigError, TrainConfig, as_class_name
+from launch.config import ConfigError, TrainConfig
 from launch.imported import call_with, imported
 from launch.inputs import Data
 from launch.options import read_options
@@ -68,14 +68,14 @@ def make_model(
         offered["synchronized"] = synchronized
     offered |= read_options("model_option", config.model_option, function)
     model = call_with("model", function, **offered)
-    if is_keras:
-        batch_norm.synchronize(model, synchronized)
-        _check_scaling(config, model)
     if not isinstance(model, keras.Model):
         raise ConfigError(
             f"--model={config.model} must return a keras.Model. Received "
             f"{type(model).__name__}."
         )
+    if is_keras:
+        batch_norm.synchronize(model, synchronized)
+        _check_scaling(config, model)
     return model
 
 
@@ -150,9 +150,10 @@ def _make_metric(name: str, activation: str | None) -> Any:
         return name
     try:
         found = keras.metrics.get(name)
-    except ValueError as error:
+    except (ValueError, TypeError) as error:
         raise ConfigError(
-            f"--metrics must be names of Keras metrics. Received {name}."
+            "--metrics must be names of Keras metrics that need no arguments. "
+            f"Received {name}."
         ) from error
     if not isinstance(found, keras.metrics.Metric):
         found = keras.metrics.MeanMetricWrapper(found, name=found.__name__)
@@ -171,9 +172,7 @@ def make_loss(config: TrainConfig, model: keras.Model) -> Any:
     """The loss of the flags, from logits or not as the model ends."""
     if ":" in config.loss:
         return imported("loss", config.loss)
-    loss_class = getattr(keras.losses, config.loss_class, None)
-    if not isinstance(loss_class, type):
-        loss_class = _loss_of_short_name(config.loss)
+    loss_class = _loss_class(config)
     if "from_logits" not in inspect.signature(loss_class).parameters:
         return loss_class()
     from_logits = not ends_in_probabilities(model)
@@ -188,15 +187,21 @@ def make_loss(config: TrainConfig, model: keras.Model) -> Any:
     )
 
 
-def _loss_of_short_name(name: str) -> Any:
-    """BinaryCrossentropy for bce, which Keras has as a function."""
+def _loss_class(config: TrainConfig) -> Any:
+    """BinaryCrossentropy for its own name, binary_crossentropy, or bce."""
+    found = getattr(keras.losses, config.loss_class, None)
+    if isinstance(found, type):
+        return found
     try:
-        function = keras.losses.get(name)
-        return getattr(keras.losses, as_class_name(function.__name__))
-    except (ValueError, AttributeError) as error:
+        function = keras.losses.get(config.loss)
+    except ValueError as error:
         raise ConfigError(
-            f"--loss must be a Keras loss or module:function. Received {name}."
+            "--loss must be a Keras loss or module:function. Received "
+            f"{config.loss}."
         ) from error
+    plain = function.__name__.replace("_", "")  # kl_divergence: KLDivergence
+    names = {name.lower(): name for name in dir(keras.losses)}
+    return getattr(keras.losses, names[plain])
 
 
 def ends_in_probabilities(model: keras.Model) -> bool:

@@ -185,6 +185,27 @@ def test_metrics_of_logits_are_kept_apart_on_replicas():
     assert two.metrics.direction_of("accuracy") == "max"
 
 
+@pytest.mark.parametrize(
+    "name", ["mse", "kld", "kl_divergence", "log_cosh", "huber", "KLD"]
+)
+def test_short_names_of_losses(name):
+    loss = models.make_loss(TrainConfig(loss=name), model_of())
+    function = keras.losses.get(name)
+    y, predicted = tf.random.uniform([2, 3, 4], seed=1)
+    assert float(loss(y, predicted)) == pytest.approx(
+        float(tf.reduce_mean(function(y, predicted)))
+    )
+
+
+@pytest.mark.parametrize("name", ["acuracy", "MeanIoU"])
+def test_metrics_that_cannot_be_made(name):
+    config = TrainConfig(metrics=(name,))
+    with pytest.raises(
+        ConfigError, match=f"--metrics must be.*Received {name}"
+    ):
+        models.make_metrics(config, None)
+
+
 def test_other_losses_are_keras_own():
     loss = models.make_loss(TrainConfig(loss="mean_squared_error"), model_of())
     assert isinstance(loss, keras.losses.MeanSquaredError)
@@ -250,6 +271,14 @@ def test_what_may_be_batches_or_examples_is_asked_for(dataset):
 def test_batches_of_another_size_than_the_flag_s(dataset, settings, told):
     with pytest.raises(ConfigError, match=told):
         inputs._data_of(lambda: dataset, TrainConfig(**settings))
+
+
+def test_a_function_that_takes_no_heed_of_the_size():
+    def make(global_batch_size):
+        return EXAMPLES.batch(global_batch_size // 2, drop_remainder=True)
+
+    with pytest.raises(ConfigError, match="returns batches of 16: pass"):
+        inputs._data_of(make, TrainConfig())
 
 
 def test_a_dataset_smaller_than_a_batch_is_one():
