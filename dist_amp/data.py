@@ -26,6 +26,31 @@ SHUFFLE_BUFFER = 50_000
 
 _AUTOTUNE = tf.data.AUTOTUNE
 
+_PRIVATE_NAMES = {
+    "tensorflow 2.21, Dataset": {
+        "_inputs": "the datasets that one was made of, to find `batch`",
+    },
+}
+
+# Of TensorFlow's datasets, those that make batches, and those whose elements
+# are the same as before. What `map` makes of a batch may be an example.
+_BATCHING = ("Batch", "ParallelBatch", "PaddedBatch", "Rebatch")
+_HANDING_ON = (
+    "AssertCardinality",
+    "Cache",
+    "Concatenate",
+    "Filter",
+    "IgnoreErrors",
+    "Options",
+    "Prefetch",
+    "Repeat",
+    "Shard",
+    "Shuffle",
+    "Skip",
+    "Take",
+    "Zip",
+)
+
 REDUCTIONS = ("sum_over_batch_size", "mean_with_sample_weight", "sum")
 
 
@@ -310,12 +335,34 @@ def batch_size_of(dataset: tf.data.Dataset) -> int | None:
     return shape[0] if shape is not None and shape.rank else None
 
 
-def is_batched(dataset: tf.data.Dataset) -> bool:
-    """Whether all leaves have one leading dimension."""
+def is_batched(dataset: tf.data.Dataset) -> bool | None:
+    """Whether elements are batches; None where nothing tells.
+
+    An example `(x, y)` of two images looks like a batch of their rows, so that
+    one size of all leaves tells nothing. Sizes that vary do, unless they may
+    be lengths of sequences; so does a dataset that was made by `batch`.
+    """
     shapes = [leaf.shape for leaf in tf.nest.flatten(dataset.element_spec)]
-    return all(shape.rank for shape in shapes) and (
-        len({shape[0] for shape in shapes}) == 1
-    )
+    if any(shape.rank == 0 for shape in shapes):
+        return False
+    if _is_made_by_batch(dataset):
+        return True
+    if any(shape.rank is None for shape in shapes):
+        return None
+    sizes = {shape[0] for shape in shapes}
+    if len(sizes) > 1:
+        return False
+    has_more = any(shape.rank > 1 for shape in shapes)
+    return True if sizes == {None} and has_more else None
+
+
+def _is_made_by_batch(dataset: tf.data.Dataset) -> bool:
+    """Whether batches are handed on as they were made."""
+    kind = type(dataset).__name__.strip("_").removesuffix("Dataset")
+    if kind in _BATCHING:
+        return True
+    before = dataset._inputs()
+    return kind in _HANDING_ON and all(map(_is_made_by_batch, before))
 
 
 def input_spec(dataset: tf.data.Dataset) -> Any:

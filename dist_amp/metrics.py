@@ -24,6 +24,10 @@ MetricsLike: TypeAlias = (
 )
 
 
+# Packages whose metrics have one result, of the metric's name.
+_KNOWN = ("keras", "dist_amp")
+
+
 class MetricSet:
     """The mean loss, metrics of the predictions, and counts of bad numbers.
 
@@ -78,6 +82,17 @@ class MetricSet:
                 f"from 'loss'. Received {names}."
             )
         self.reset()
+
+    @property
+    def names(self) -> list[str] | None:
+        """Of the results; None where a metric of the user's decides.
+
+        Its result may be a dict of any names.
+        """
+        for _, metric in self._metrics:
+            if type(metric).__module__.partition(".")[0] not in _KNOWN:
+                return None
+        return ["loss", *(_full_name(*pair) for pair in self._metrics)]
 
     def direction_of(self, name: str) -> str | None:
         """Tells "max" or "min" for a metric that Keras says is better so."""
@@ -166,6 +181,81 @@ class MetricSet:
         Losses and inputs are counted by slice: a replica's part of a batch.
         """
         return _counts(self._totals.result())
+
+
+@keras.saving.register_keras_serializable(package="dist_amp")
+class OfProbabilities(keras.metrics.Metric):
+    """A metric of what a sigmoid or a softmax makes of logits.
+
+    Args:
+        metric: A `keras.metrics.Metric`, or "accuracy" for what fits the
+            shapes.
+        activation: "sigmoid" or "softmax".
+
+    Example:
+    >>> metric = OfProbabilities(keras.metrics.BinaryAccuracy(), "sigmoid")
+    >>> metric.update_state([[0], [1]], [[0.2], [0.3]])  # logits
+    >>> float(metric.result())
+    0.5
+    """
+
+    def __init__(
+        self,
+        metric: MetricLike,
+        activation: str,
+        name: str | None = None,
+        dtype: Any = None,
+    ):
+        given = metric if isinstance(metric, str) else metric.name
+        super().__init__(name=name or given, dtype=dtype)
+        self.activation = activation
+        self._wanted = metric
+        self._inner: Any = None if isinstance(metric, str) else metric
+
+    @property
+    def _direction(self) -> Any:
+        return getattr(self._inner, "_direction", None)
+
+    def update_state(
+        self, y_true: Any, y_pred: Any, sample_weight: Any = None
+    ) -> None:
+        """Adds some examples, with logits for predictions."""
+        convert = keras.activations.get(self.activation)
+        probabilities = convert(tf.cast(y_pred, tf.float32))
+        if self._inner is None:
+            y_true = tf.convert_to_tensor(y_true)
+            self._inner = _to_metric(self._wanted, y_true, probabilities)
+        self._inner.update_state(
+            y_true, probabilities, sample_weight=sample_weight
+        )
+
+    def result(self) -> Any:
+        """What the inner metric has."""
+        return 0.0 if self._inner is None else self._inner.result()
+
+    def reset_state(self) -> None:
+        """Forgets every example."""
+        if self._inner is not None:
+            self._inner.reset_state()
+
+    def get_config(self) -> dict[str, Any]:
+        """Keras configuration."""
+        metric = self._wanted
+        if not isinstance(metric, str):
+            metric = keras.saving.serialize_keras_object(metric)
+        return {
+            "name": self.name,
+            "metric": metric,
+            "activation": self.activation,
+        }
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "OfProbabilities":
+        """Of `get_config`."""
+        metric = config["metric"]
+        if not isinstance(metric, str):
+            metric = keras.saving.deserialize_keras_object(metric)
+        return cls(**{**config, "metric": metric})
 
 
 def _counts(totals: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:

@@ -25,6 +25,8 @@ GPU_PEAKS = {
     r"H100 NVL": 836e12,
     r"H100": 989e12,
     r"A100": 312e12,
+    r"V100S": 130e12,
+    r"V100-PCIE": 112e12,
     r"V100": 125e12,
     r"\bL4\b": 121e12,
     r"\bT4\b": 65e12,
@@ -44,9 +46,13 @@ TPU_PEAKS = {
 def peak_of_gpu(name: str) -> float | None:
     """Dense peak in FLOP/s; None if it is not known.
 
+    Nor is it of a MIG instance, which has a part of the GPU.
+
     Args:
         name: As the driver tells it, say "NVIDIA H100 80GB HBM3".
     """
+    if re.search(r"\bMIG\b", name):
+        return None
     return next((p for k, p in GPU_PEAKS.items() if re.search(k, name)), None)
 
 
@@ -96,8 +102,8 @@ class Mfu(keras.callbacks.Callback):
     Args:
         trainer: That trains.
         dataset: As in `Trainer.fit`.
-        per_replica_batch_size: Examples of each replica in a step, all parts
-            of an update together.
+        per_replica_batch_size: Examples of each replica in a batch, of one
+            part of an update if it accumulates.
         peak_flops_per_sec: Of a replica; looked up by default.
     """
 

@@ -44,6 +44,12 @@ _PRIVATE_NAMES = {
         "_flatten_layers": "layers at any depth, inside custom layers too",
         "_non_trainable_variables": "a layer's own, made non-trainable",
     },
+    "keras 3.15, KerasTensor": {
+        "_keras_history": "the operation and the call that made it",
+    },
+    "keras 3.15, Operation": {
+        "_inbound_nodes": "the calls, with their inputs",
+    },
     "keras 3.15, DTypePolicy": {
         "_variable_dtype": "a policy of two dtypes that has no name",
     },
@@ -808,6 +814,20 @@ def layers_of(model: keras.Model) -> Iterable[keras.layers.Layer]:
 def children_of(layer: keras.layers.Layer) -> Iterable[keras.layers.Layer]:
     """The layers that a layer or a model is made of, one level down."""
     return layer._flatten_layers(include_self=False, recursive=False)
+
+
+def made_by(tensor: Any) -> tuple[Any, list[Any]]:
+    """What makes an output of a functional model, and of which tensors.
+
+    Args:
+        tensor: Of `model.outputs`, or one of those returned.
+
+    Returns:
+        A layer or an operation of `keras.ops`, and its inputs.
+    """
+    history = tensor._keras_history
+    node = history.operation._inbound_nodes[history.node_index]
+    return history.operation, list(node.input_tensors)
 
 
 def make_policy(compute_dtype: str, variable_dtype: str) -> keras.DTypePolicy:

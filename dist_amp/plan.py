@@ -156,7 +156,8 @@ def flops_of_replica(trainer: Trainer, dataset: DatasetLike, rows: int) -> int:
     Args:
         trainer: On any strategy.
         dataset: As in `Trainer.fit`; only its shapes are looked at.
-        rows: Examples of the replica, of one batch if it accumulates.
+        rows: Examples of the replica in a batch, of one part of the update
+            if it accumulates.
     """
     flops, _ = graphs.flops_of(_traced(trainer, dataset, rows).graph)
     flops *= trainer.optimizer.gradient_accumulation_steps or 1

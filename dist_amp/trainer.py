@@ -113,6 +113,7 @@ class Trainer(Steps):
                 f"the scope of the model. Received {optimizer!r}."
             )
         strategy = model.distribute_strategy
+        _check_has_scope(strategy)
         if optimizer_lib.strategy_of(optimizer) is not strategy:
             raise ValueError(
                 "The model and the optimizer must be made in one scope. "
@@ -229,6 +230,7 @@ class Trainer(Steps):
             stack.enter_context(self._watched())
             self.build(dataset)
             policy = self._directed(save_policy or SavePolicy())
+            self._check_best(policy, validation_data)
             self._check_recovery(dataset, checkpoint_dir, save_policy, rollback)
             stream = self._make_stream(dataset, steps_per_epoch, class_weight)
             validation = self._prepare_test(validation_data, validation_steps)
@@ -625,7 +627,9 @@ class Trainer(Steps):
             raise ValueError(
                 "`jit_compile` on several replicas cannot compile layers that "
                 "talk to other replicas, like BatchNormalization("
-                "synchronized=True); turn one of them off (--nojit_compile)."
+                "synchronized=True); turn one of them off (--nojit_compile, or "
+                "--model_option=synchronized=false for convnet and resnet50; "
+                "models of keras.applications are always synchronized)."
             )
         if self._counts_masks(predictions):
             raise ValueError(
@@ -737,6 +741,25 @@ class Trainer(Steps):
             if getattr(callback, "mode", None) == "auto":
                 name = callback.monitor.removeprefix("val_")
                 callback.mode = self.metrics.direction_of(name) or "auto"
+
+    def _check_best(
+        self, policy: SavePolicy, validation_data: DatasetLike | None
+    ) -> None:
+        """Whether `keep_best` will be in the logs, where that is known now.
+
+        What callbacks add to them is seen by callbacks only.
+        """
+        known = self.metrics.names
+        if known is None:
+            return
+        names = [*known]
+        if validation_data is not None:
+            names += [f"val_{name}" for name in known]
+        if policy.keep_best is not None and policy.keep_best not in names:
+            raise ValueError(
+                f"`keep_best` must be one of {', '.join(names)}. Received "
+                f"{policy.keep_best!r} (--keep_best)."
+            )
 
     def _directed(self, policy: SavePolicy) -> SavePolicy:
         """Knows which way the metric of `keep_best` is better."""
@@ -907,6 +930,17 @@ def _wrapped(
     return optimizer_lib.wrap_optimizer(
         optimizer, loss_scale="dynamic" if needs_scale else "auto"
     )
+
+
+def _check_has_scope(strategy: tf.distribute.Strategy) -> None:
+    with strategy.scope():
+        is_given = tf.distribute.has_strategy()
+    if not is_given:
+        raise ValueError(
+            "The model and the optimizer must be made in `with dist_amp.scope("
+            "strategy, ...)`. Received a model that was made in no scope; for "
+            "one device the strategy is dist_amp.make_strategy('one_device')."
+        )
 
 
 def _check_has_end(

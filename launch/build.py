@@ -14,10 +14,15 @@ import dist_amp
 from dist_amp import storage, weights
 from dist_amp.checkpoint import readable_size, whole_manifests
 from dist_amp.data_service import DataService
-from launch.config import ConfigError, TrainConfig
+from launch.config import (
+    MAX_ROLLBACKS,
+    ROLLBACK_FACTOR,
+    ConfigError,
+    TrainConfig,
+)
 from launch.hardware import Devices, seed
 from launch.inputs import Data
-from launch.models import check_metrics, make_loss, make_model
+from launch.models import make_loss, make_metrics, make_model, takes_logits
 from launch.run_dir import RunDir
 from launch.updates import make_optimizer, updates_per_epoch
 
@@ -38,7 +43,12 @@ def make_trainer(
         devices: From `make_devices`.
         data: From `load_data` or `load_split`.
         trains: Else the optimizer is one that keeps no state.
+
+    Raises:
+        ConfigError: Training is too short for the settings.
     """
+    if trains:
+        _check_length(config, data)
     # Again: what reading data took of the generators must change no weight.
     seed(config)
     with dist_amp.scope(devices.strategy, devices.precision):
@@ -47,12 +57,13 @@ def make_trainer(
             optimizer = make_optimizer(config, data)
         else:
             optimizer = dist_amp.wrap_optimizer(keras.optimizers.SGD())
-    check_metrics(config)
+        loss = make_loss(config, model)
+        metrics = make_metrics(config, loss)
     return dist_amp.Trainer(
         model,
         optimizer,
-        loss=make_loss(config, model),
-        metrics=config.metrics,
+        loss=loss,
+        metrics=metrics,
         jit_compile=config.jit_compile,
         data_service=_data_service(config),
     )
@@ -66,6 +77,14 @@ def _data_service(config: TrainConfig) -> DataService | None:
         startup_timeout=config.startup_timeout,
         timeout=config.collective_timeout,
     )
+
+
+def _check_length(config: TrainConfig, data: Data) -> None:
+    """Refuses what would come after the end of training, if that is known."""
+    per_epoch = updates_per_epoch(config, data)
+    if per_epoch is not None:
+        num_updates = per_epoch * config.num_epochs
+        config.check_length(num_updates, f"a training of {num_updates} updates")
 
 
 def describe(
@@ -94,6 +113,7 @@ def describe(
         "steps_per_epoch": updates_per_epoch(config, data),
         "per_replica_batch_size": config.batch_size
         / devices.strategy.num_replicas_in_sync,
+        "from_logits": takes_logits(trainer.loss),
         "num_parameters": trainer.model.count_params(),
         "optimizer": inner["config"],
     }
@@ -213,9 +233,9 @@ def rollback_policy(config: TrainConfig) -> dist_amp.RollbackPolicy | None:
         return None
     return dist_amp.RollbackPolicy(
         on=config.rollback_on,
-        max_rollbacks=config.max_rollbacks,
+        max_rollbacks=config.max_rollbacks or MAX_ROLLBACKS,
         lower=config.rollback_lower,
-        factor=config.rollback_factor,
+        factor=config.rollback_factor or ROLLBACK_FACTOR,
     )
 
 

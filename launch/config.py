@@ -5,6 +5,7 @@ Standard library only: a mistake is found before TensorFlow is imported.
 
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 from typing import Any
@@ -52,6 +53,8 @@ SCHEDULES = ("constant", "cosine", "linear")
 RESUMES = ("auto", "never", "must")
 ROLLBACK_KINDS = ("nan", "spike")
 ROLLBACK_LOWERED = ("nothing", "loss_scale", "learning_rate")
+MAX_ROLLBACKS = 3
+ROLLBACK_FACTOR = 0.5
 DEFAULT_EPOCHS = 5
 
 
@@ -99,7 +102,8 @@ class TrainConfig:
         "dataset_info.json); files of records, as /data/{split}-*.tfrecord, "
         "with --parse; or module:function that returns a tf.data.Dataset. The "
         "function may take split, global_batch_size (then it batches by "
-        "itself), seed and data_dir.",
+        "itself), seed and data_dir; None for a seed annotated as int | None "
+        "asks for the data's own order.",
     )
     dataset_option: tuple[str, ...] = flag(
         (),
@@ -127,12 +131,17 @@ class TrainConfig:
     loss: str = flag(
         "sparse_categorical_crossentropy",
         "A Keras loss, or module:function. Whether a cross-entropy takes "
-        "logits is read off the model's last activation.",
+        "logits is read off what the model's output comes from; config.json "
+        "tells, as from_logits.",
     )
     label_smoothing: float = flag(
         0.0, "Part of a label that is spread over all classes."
     )
-    metrics: tuple[str, ...] = flag(("accuracy",), "Keras metrics.")
+    metrics: tuple[str, ...] = flag(
+        ("accuracy",),
+        "Keras metrics: of probabilities, where a cross-entropy of Keras "
+        "takes logits.",
+    )
 
     input_dtype: str = flag(
         "float32",
@@ -274,8 +283,9 @@ class TrainConfig:
     weight_decay_exclude: tuple[str, ...] | None = flag(
         None,
         "Variables with one of these in their name do not decay; lars adapts "
-        f"them not. Default: {','.join(NOT_DECAYED)} with adamw, lamb and "
-        "lars, else none.",
+        "them not. Any part of the name counts, as beta of my_beta_kernel. "
+        f"Default: {','.join(NOT_DECAYED)} with adamw, lamb and lars, else "
+        "none.",
     )
     global_clipnorm: float | None = flag(
         None, "Clips the norm of the whole gradient."
@@ -337,11 +347,15 @@ class TrainConfig:
         "Goes back to the last good checkpoint, past the batches that did "
         "it, where the loss is not finite (nan) or jumps (spike).",
     )
-    max_rollbacks: int = flag(3, "After so many, the next one is an error.")
+    max_rollbacks: int | None = flag(
+        None, f"After so many, the next one is an error [{MAX_ROLLBACKS}]."
+    )
     rollback_lower: str = flag(
         "nothing", "What is lowered at each rollback.", ROLLBACK_LOWERED
     )
-    rollback_factor: float = flag(0.5, "What it is multiplied by.")
+    rollback_factor: float | None = flag(
+        None, f"What it is multiplied by [{ROLLBACK_FACTOR}]."
+    )
     profile_steps: str | None = flag(
         None,
         "FIRST:END, as 100:110: TensorFlow's profiler around the updates "
@@ -503,6 +517,12 @@ class TrainConfig:
             _contradict("data_dir", told, "which is a path; drop it")
 
     def _check_numbers(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, float) and not math.isfinite(value):
+                _fail(field.name, "must be finite", value)
+        if not 0 <= self.seed < 2**32:
+            _fail("seed", "must be from 0 to 2**32 - 1", self.seed)
         check_positive(self, *_POSITIVE)
         for name in (
             "num_logical_cpus",
@@ -741,12 +761,20 @@ class TrainConfig:
                     f"must be of {', '.join(ROLLBACK_KINDS)}",
                     kind,
                 )
-        if not self.rollback_factor < 1:
-            _fail("rollback_factor", "must be in (0, 1)", self.rollback_factor)
-        if self.rollback_lower != "nothing" and not self.rollback_on:
+        factor = self.rollback_factor
+        if factor is not None and not factor < 1:
+            _fail("rollback_factor", "must be in (0, 1)", factor)
+        if factor is not None and self.rollback_lower == "nothing":
             _contradict(
-                "rollback_lower", "no --rollback_on", "pass --rollback_on=nan"
+                "rollback_factor",
+                "no --rollback_lower",
+                "pass --rollback_lower=learning_rate",
             )
+        lowers = self.rollback_lower != "nothing"
+        given = {"rollback_lower": lowers, "max_rollbacks": self.max_rollbacks}
+        for name, value in given.items():
+            if value and not self.rollback_on:
+                _contradict(name, "no --rollback_on", "pass --rollback_on=nan")
         weights = self.initial_weights
         if weights and not weights.endswith((".keras", ".h5", ".safetensors")):
             _fail(
@@ -764,13 +792,32 @@ class TrainConfig:
                 "must be FIRST:END with FIRST less than END, as 100:110",
                 self.profile_steps,
             )
-        if self.steps is None or self.profile_steps is None:
-            return
-        if int(first) >= self.steps:
+        if self.steps is not None:
+            self.check_length(self.steps, f"--steps={self.steps}")
+
+    def check_length(self, num_updates: int, told: str) -> None:
+        """Whether a training is long enough for what is to happen in it.
+
+        Args:
+            num_updates: In all.
+            told: Where that comes from.
+
+        Raises:
+            ConfigError: It is not.
+        """
+        first = int((self.profile_steps or "0:1").partition(":")[0])
+        if first >= num_updates:
             _contradict(
                 "profile_steps",
-                f"--steps={self.steps}",
+                told,
                 "training ends before; name earlier updates",
+            )
+        if self.warmup_steps > num_updates:
+            _contradict(
+                "warmup_steps",
+                told,
+                "training ends before the peak learning rate is reached; pass "
+                "fewer",
             )
 
 

@@ -31,10 +31,10 @@ from launch.config import (
     flag,
     same_flag,
 )
+from launch.errors import is_ours
 from launch.flags import read_command_line
 from launch.quiet import quiet_start
 from launch.run_dir import RunDir, settings_to_infer
-from launch.train import is_ours
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,9 @@ class EvaluateConfig:
     split: str = flag(
         "test",
         "Of the data: train, test, what else TFDS has (as test[:10%]), or "
-        "what your function takes.",
+        "what your function takes. All are read in their own order; your "
+        "function is asked for that by seed=None, if its seed is annotated as "
+        "int | None, and else gives the first pass as in training.",
     )
     eval_steps: int | None = flag(None, "Batches to use. Default: all.")
     predictions: str | None = flag(
@@ -137,7 +139,9 @@ def main(argv: list[str]) -> int:
 def evaluate(config: EvaluateConfig) -> int:
     """Evaluates one checkpoint; see `main`."""
     of_run = config.of_run()
-    trainer, dataset, is_chief = prepare(of_run, config.split)
+    trainer, dataset, is_chief = prepare(
+        of_run, config.split, needs_order=config.predictions is not None
+    )
     from launch import saved
 
     source = saved.weights_of(of_run, config.checkpoint)
@@ -182,12 +186,15 @@ def watch(config: EvaluateConfig) -> int:
         time.sleep(config.poll_seconds)
 
 
-def prepare(of_run: TrainConfig, split: str) -> tuple[Any, Any, bool]:
+def prepare(
+    of_run: TrainConfig, split: str, *, needs_order: bool = False
+) -> tuple[Any, Any, bool]:
     """The run's model on these devices, its data, whether we write.
 
     Args:
         of_run: From `settings_to_infer`.
         split: See `inputs.load_split`.
+        needs_order: Likewise.
 
     Returns:
         A built trainer, global batches in order, and whether this process is
@@ -198,7 +205,7 @@ def prepare(of_run: TrainConfig, split: str) -> tuple[Any, Any, bool]:
 
         devices = hardware.make_devices(of_run)
     with contextlib.redirect_stdout(sys.stderr):  # what TFDS prepares
-        data = inputs.load_split(of_run, split)
+        data = inputs.load_split(of_run, split, needs_order=needs_order)
     with quiet_start():  # float16 on CPUs has its own chatter
         trainer = build.make_trainer(of_run, devices, data, trains=False)
         trainer.build(data.train)

@@ -20,11 +20,11 @@ from typing import Any
 from absl import flags
 
 from launch.config import ConfigError, check_positive, flag, same_flag
+from launch.errors import is_ours
 from launch.evaluate import as_config_error, prepare
 from launch.flags import read_command_line
 from launch.quiet import quiet_start
 from launch.run_dir import settings_to_infer
-from launch.train import is_ours
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

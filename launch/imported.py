@@ -2,10 +2,12 @@
 
 import importlib
 import inspect
+import typing
 from collections.abc import Callable
 from typing import Any
 
 from launch.config import ConfigError
+from launch.errors import is_ours
 
 
 def imported(flag: str, path: str) -> Callable[..., Any]:
@@ -20,12 +22,38 @@ def imported(flag: str, path: str) -> Callable[..., Any]:
         ) from error
 
 
-def call_with(function: Callable[..., Any], **offered: Any) -> Any:
-    """Calls a user's function with those arguments that it takes."""
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function takes an argument of that name."""
     parameters = inspect.signature(function).parameters
     takes_all = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    taken = {n: v for n, v in offered.items() if takes_all or n in parameters}
+    return takes_all or name in parameters
+
+
+def takes_none(function: Callable[..., Any], name: str) -> bool:
+    """Whether an argument is annotated as one that may be None."""
+    try:
+        hint = typing.get_type_hints(function).get(name)
+    except (NameError, TypeError):  # annotations that name what is not there
+        return False
+    return type(None) in typing.get_args(hint)
+
+
+def call_with(flag: str, function: Callable[..., Any], **offered: Any) -> Any:
+    """Calls a function that a flag names with the arguments that it takes.
+
+    Raises:
+        ConfigError: A file that one of our functions looks for is not there.
+        ValueError: One of our functions raised it.
+        RuntimeError: The user's raised a ValueError; its traceback tells.
+    """
+    taken = {n: v for n, v in offered.items() if takes(function, n)}
     try:
         return function(**taken)
-    except ValueError as error:  # not ours: the user needs the traceback
+    except OSError as error:
+        if not is_ours(error):
+            raise
+        raise ConfigError(f"--{flag}: {error}") from error
+    except ValueError as error:
+        if is_ours(error):
+            raise
         raise RuntimeError(f"{function.__name__} raised {error!r}") from error

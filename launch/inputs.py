@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -13,9 +12,9 @@ from tensorflow_datasets.core.registered import DatasetNotFoundError
 from dist_amp import data as data_lib
 from dist_amp import records, sources, storage
 from dist_amp.loading import LoadedBatches, first_pass
-from dist_amp.stream import DatasetLike, one_pass
+from dist_amp.stream import DatasetLike, length_of, one_pass
 from launch.config import ConfigError, TrainConfig
-from launch.imported import call_with, imported
+from launch.imported import call_with, imported, takes, takes_none
 from launch.options import read_options
 
 _log = logging.getLogger(__name__)
@@ -31,8 +30,17 @@ class Data:
 
 
 def load_data(config: TrainConfig) -> Data:
-    """Loads a TFDS dataset, or calls the user's function for each split."""
+    """Loads a TFDS dataset, or calls the user's function for each split.
+
+    Raises:
+        ConfigError: There are no such data, or a setting does not fit them.
+    """
     data = _load(config)
+    if config.eval_steps is not None and data.test is None:
+        raise ConfigError(
+            f"--eval_steps contradicts --dataset={config.dataset}: there is no "
+            "test split; drop the flag."
+        )
     if config.input_dtype == "float32":
         return data
     cast = functools.partial(data_lib.cast_inputs, dtype=config.input_dtype)
@@ -41,29 +49,29 @@ def load_data(config: TrainConfig) -> Data:
     )
 
 
-def load_split(config: TrainConfig, split: str) -> Data:
+def load_split(
+    config: TrainConfig, split: str, *, needs_order: bool = False
+) -> Data:
     """One split, once, in its own order, for whatever it is wanted.
+
+    A function of the user's is asked for that order by `seed=None`, if its
+    `seed` is annotated as `int | None`; else this is its first pass.
 
     Args:
         config: The settings.
         split: "train", "test" (what the flags say, or is there for it), any
             split of TFDS, what stands for {split} in the names of files, or
             what the user's function takes.
+        needs_order: Whether an order that nobody knows is an error.
 
     Raises:
-        ConfigError: There is no such split.
+        ConfigError: There is no such split, or its order is not known.
     """
     num_classes = None
     dataset: DatasetLike
     if config.data_kind == "function":
         function = imported("dataset", config.dataset)
-        takes_split = "split" in inspect.signature(function).parameters
-        if split != "train" and not takes_split:
-            raise ConfigError(
-                f"--split={split}: {config.dataset} takes no `split`; pass "
-                "--split=train."
-            )
-        dataset = _user_dataset(function, split, config)
+        dataset = _user_split(function, split, config, needs_order=needs_order)
     elif config.data_kind == "records":
         if split != "train" and "{split}" not in config.dataset:
             raise ConfigError(
@@ -167,21 +175,56 @@ def _test_records(config: TrainConfig) -> DatasetLike | None:
 
 
 def _data_of(function: Callable[..., Any], config: TrainConfig) -> Data:
-    takes_split = "split" in inspect.signature(function).parameters
-    train = _user_dataset(function, "train", config)
+    train = _user_dataset(function, "train", config, config.seed)
     test = None
-    if takes_split:
-        test = first_pass(_user_dataset(function, "test", config))
+    if takes(function, "split"):
+        test = first_pass(_user_dataset(function, "test", config, config.seed))
     return Data(train, test, num_classes=None)
 
 
-def _user_dataset(
-    function: Callable[..., Any], split: str, config: TrainConfig
+def _user_split(
+    function: Callable[..., Any],
+    split: str,
+    config: TrainConfig,
+    *,
+    needs_order: bool,
 ) -> DatasetLike:
+    """A split in its own order, where the function can be asked for that."""
+    if split != "train" and not takes(function, "split"):
+        raise ConfigError(
+            f"--split={split}: {config.dataset} takes no `split`; pass "
+            "--split=train."
+        )
+    is_asked = takes_none(function, "seed")
+    seed = None if is_asked else config.seed
+    dataset = _user_dataset(function, split, config, seed)
+    if needs_order and not is_asked and _is_of_pass(dataset):
+        raise ConfigError(
+            f"--split={split}: {config.dataset} returns a function of the "
+            "pass, which may shuffle, so that nobody knows whose rows "
+            "predictions are. Annotate its `seed` as `int | None` and keep "
+            "the order of the data where it is None, or return a "
+            "tf.data.Dataset for this split."
+        )
+    return dataset
+
+
+def _user_dataset(
+    function: Callable[..., Any],
+    split: str,
+    config: TrainConfig,
+    seed: int | None,
+) -> DatasetLike:
+    """Batches of what the user's function returns."""
+    if config.data_dir and not takes(function, "data_dir"):
+        raise ConfigError(
+            f"--data_dir contradicts --dataset={config.dataset}: the function "
+            "takes no `data_dir`; drop the flag."
+        )
     offered = {
         "split": split,
         "global_batch_size": config.batch_size,
-        "seed": config.seed,
+        "seed": seed,
         "data_dir": config.data_dir,
     }
     options = read_options(
@@ -190,19 +233,80 @@ def _user_dataset(
         function,
         reserved=tuple(offered),
     )
-    dataset = call_with(function, **offered, **options)
-    first_pass = one_pass(dataset)
-    if not isinstance(first_pass, tf.data.Dataset):
+    dataset = call_with("dataset", function, **offered, **options)
+    whole = one_pass(dataset)
+    if not isinstance(whole, tf.data.Dataset):
         raise ConfigError(
             f"--dataset={config.dataset} must return a tf.data.Dataset, or a "
             "function of the pass over the data that returns one. Received "
-            f"{type(first_pass).__name__}."
+            f"{type(whole).__name__}."
         )
+    takes_size = takes(function, "global_batch_size")
     if isinstance(dataset, LoadedBatches):
-        return dataset
-    takes_size = "global_batch_size" in inspect.signature(function).parameters
-    if takes_size or data_lib.is_batched(first_pass):
-        return dataset
+        whole = one_pass(dataset.batches)
+    elif not takes_size and not _has_batches(whole, config):
+        return _batched(dataset, config.batch_size)
+    if split == "train":
+        _check_size(whole, config, is_told=takes_size)
+    return dataset
+
+
+def _is_of_pass(dataset: DatasetLike) -> bool:
+    if isinstance(dataset, LoadedBatches):
+        dataset = dataset.batches
+    return not isinstance(dataset, tf.data.Dataset)
+
+
+def _batched(dataset: DatasetLike, size: int) -> DatasetLike:
     if isinstance(dataset, tf.data.Dataset):
-        return dataset.batch(config.batch_size)
-    return lambda number: dataset(number).batch(config.batch_size)
+        return dataset.batch(size)
+    return lambda number: dataset(number).batch(size)
+
+
+def _has_batches(whole: tf.data.Dataset, config: TrainConfig) -> bool:
+    is_batched = data_lib.is_batched(whole)
+    if is_batched is None:
+        raise ConfigError(
+            f"--dataset={config.dataset} returns elements "
+            f"{whole.element_spec}, which may be batches or single examples: "
+            "have the function take `global_batch_size` and batch by it."
+        )
+    return is_batched
+
+
+def _check_size(
+    batches: tf.data.Dataset, config: TrainConfig, *, is_told: bool
+) -> None:
+    """Whether a user's own batches are as large as the flags say.
+
+    Of a function that was told so, none is read to see.
+    """
+    wanted = config.batch_size
+    size = data_lib.batch_size_of(batches)
+    if size is None and not is_told:
+        size = _first_size(batches, wanted)
+    if size is None or size == wanted:
+        return
+    if size < wanted and length_of(batches) == 1:
+        return
+    parts = config.gradient_accumulation_steps
+    in_parts = "" if parts == 1 else f" in {parts} parts"
+    raise ConfigError(
+        f"--global_batch_size={config.global_batch_size}{in_parts} makes "
+        f"batches of {wanted}, and --dataset={config.dataset} returns batches "
+        f"of {size}: pass --global_batch_size={size * parts}, or have the "
+        "function take `global_batch_size` and batch by it, or return single "
+        "examples."
+    )
+
+
+def _first_size(batches: tf.data.Dataset, wanted: int) -> int | None:
+    """Rows of the first batch; None if it is all there is, and small."""
+    size = None
+    for batch in batches:
+        if size is not None:
+            return size
+        size = int(tf.shape(tf.nest.flatten(batch)[0])[0])
+        if size >= wanted:
+            return size
+    return None

@@ -96,7 +96,7 @@ def make_mfu(
     return mfu.Mfu(
         trainer,
         data.train,
-        per_replica_batch_size=-(-config.global_batch_size // replicas),
+        per_replica_batch_size=-(-config.batch_size // replicas),
     )
 
 

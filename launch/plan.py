@@ -24,10 +24,10 @@ from typing import Any
 from absl import flags
 
 from launch.config import ConfigError, TrainConfig, check_positive, flag
+from launch.errors import is_ours
 from launch.flags import read_command_line
 from launch.quiet import quiet_start
 from launch.run_dir import RunDir
-from launch.train import is_ours
 
 _GIB = 2**30
 

@@ -21,10 +21,10 @@ from typing import Any
 from absl import flags
 
 from launch.config import ConfigError, check_positive, flag
+from launch.errors import is_ours
 from launch.flags import read_command_line
 from launch.quiet import quiet_start
 from launch.run_dir import RunDir, num_replicas_of, settings_of
-from launch.train import is_ours
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

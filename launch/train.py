@@ -14,8 +14,6 @@ import faulthandler
 import functools
 import logging
 import os
-import pathlib
-import re
 import signal
 import sys
 import traceback
@@ -26,6 +24,7 @@ from absl import flags
 
 from launch import compilation_cache
 from launch.config import TrainConfig
+from launch.errors import is_ours
 from launch.flags import read_command_line
 from launch.heartbeat import Beat, Heart
 from launch.quiet import quiet_start
@@ -225,26 +224,6 @@ def _beat(beacon: Any) -> Beat:
     place = beacon.read()
     must_end = place.must_end and place.patience == 1
     return Beat(place.doing, place.seconds, must_end)
-
-
-def is_ours(error: BaseException) -> bool:
-    """Whether an error was raised here, and so speaks for itself.
-
-    One from within a model or data of the user's needs its traceback.
-    """
-    if isinstance(error, flags.Error):
-        return True
-    # TensorFlow puts the places of an error in traced code into its text.
-    files = re.findall(r'^ +File "(.+?)", line', str(error), re.MULTILINE)
-    if not files:
-        frames = traceback.extract_tb(error.__traceback__)
-        files = [frame.filename for frame in frames]
-    launch = pathlib.Path(__file__).resolve().parent
-    innermost = pathlib.Path(files[-1]).resolve()
-    return any(
-        innermost.is_relative_to(folder)
-        for folder in (launch, launch.parent / "dist_amp")
-    )
 
 
 def _configure_logging() -> None:

@@ -25,10 +25,10 @@ from typing import Any
 from absl import flags
 
 from launch.config import ConfigError, TrainConfig, check_positive, flag
+from launch.errors import is_ours
 from launch.flags import read_command_line
 from launch.quiet import quiet_start
 from launch.run_dir import OF_DEVICES
-from launch.train import is_ours
 
 # As in dist_amp.verify, which would bring TensorFlow; a test compares them.
 SUITES = (
@@ -186,14 +186,15 @@ def verify(config: VerifyConfig) -> int:
         models.make_model, config, data, synchronized=True
     )
     with quiet_start():  # float16 on CPUs has its own chatter
+        loss = models.make_loss(config, model_fn())
         certificate = dist_amp.verify(
             model_fn,
             data.train,
             optimizer_fn=functools.partial(
                 updates.make_optimizer, config, data
             ),
-            loss=models.make_loss(config, model_fn()),
-            metrics=config.metrics,
+            loss=loss,
+            metrics=models.make_metrics(config, loss),
             precision=config.precision,
             num_steps=config.num_steps,
             num_replicas=config.replicas,

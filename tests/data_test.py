@@ -168,5 +168,14 @@ def test_digits_are_shuffled_anew_each_pass_and_alike_for_a_seed(
     assert sorted(labels(0)) == sorted(labels(1))
 
 
+def test_what_batches_are_told_by_is_still_there():
+    dataset = tf.data.Dataset.range(4).batch(2)
+    (names,) = data._PRIVATE_NAMES.values()
+    assert all(hasattr(dataset, name) for name in names)
+    again = dataset.shuffle(2).repeat(2).take(1).skip(0).cache().prefetch(1)
+    assert data.is_batched(again.filter(lambda x: True).shard(2, 0))
+    assert data.is_batched(dataset.map(lambda x: x)) is None
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__]))

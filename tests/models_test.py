@@ -2,6 +2,8 @@
 
 import functools
 import sys
+from collections.abc import Sequence
+from typing import Literal
 
 import keras
 import numpy as np
@@ -303,6 +305,19 @@ def test_a_models_name_builds_for_the_data(settings, shape):
         assert model.count_params() == 64 * hidden + hidden + 10 * hidden + 10
 
 
+def test_a_model_of_keras_scales_nothing_twice(caplog):
+    """EfficientNetB0 divides by 255, which cannot be turned off."""
+    settings = {"model": "keras.applications:EfficientNetB0"}
+    images = inputs.Data(
+        tf.data.Dataset.from_tensors(tf.zeros([2, 32, 32, 3])), None, 7
+    )
+    with pytest.raises(ConfigError, match=r"rescaling.*in \[0, 1\]. Name a"):
+        models.make_model(TrainConfig(**settings, dataset="cifar10"), images)
+    of_user = TrainConfig(**settings, dataset="tests.support:make_dataset")
+    models.make_model(of_user, images)
+    assert "which must be in 0..255: those of your data" in caplog.text
+
+
 def test_a_model_of_keras_is_built_for_the_data():
     config = TrainConfig(
         model="keras.applications:MobileNetV3Small",
@@ -313,7 +328,7 @@ def test_a_model_of_keras_is_built_for_the_data():
     with support.make_strategy(2).scope():
         model = models.make_model(config, inputs.Data(batches, None, 7))
     assert model.output_shape == (None, 7)
-    assert not models._ends_in_probabilities(model)
+    assert not models.ends_in_probabilities(model)
     assert not any(
         isinstance(layer, keras.layers.Rescaling) for layer in model.layers
     )
@@ -356,6 +371,74 @@ def test_options_are_typed_as_the_function_has_them():
         "f": False,
     }
     assert isinstance(found["d"], float)
+
+
+def structured(
+    many: list[int],
+    some: Sequence[str],
+    table: dict[str, int] | None,
+    which: Literal["x", 2],
+    two: tuple[int, str],
+    none: tuple[()],
+    rate: float,
+    *,
+    sizes=(1, 2),
+    others=None,
+):
+    """Takes what can be written as Python writes it."""
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("many=1,2", [1, 2]),
+        ("many=[3]", [3]),
+        ("some=a,b", ("a", "b")),
+        ("table={'a': 1}", {"a": 1}),
+        ("table=none", None),
+        ("which=2", 2),
+        ("two=1,x", (1, "x")),
+        ("none=", ()),
+        ("rate=1", 1.0),
+        ("sizes=16", (16,)),
+        ("sizes=(3, 4)", (3, 4)),
+        ("others={[]:1}", "{[]:1}"),
+    ],
+)
+def test_structures_are_read(text, value):
+    (found,) = read_options("model_option", [text], structured).values()
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "many=abc",
+        "many=[1.5]",
+        "some=[1]",
+        "table=3",
+        "table={[]:1}",
+        "table={'a': 'b'}",
+        "which=z",
+        "two=1,x,3",
+        "two=(1, 2)",
+        "none=1",
+        "rate=nan",
+        "rate=1e999",
+        "others=1e999",
+        f"table={'(' * 5000}",
+    ],
+)
+def test_what_is_of_another_type_is_told(text):
+    name = text.partition("=")[0]
+    with pytest.raises(ConfigError, match=f"option={name}=... must be"):
+        read_options("model_option", [text], structured)
+
+
+def test_where_nothing_can_be_set_it_is_said():
+    with pytest.raises(ConfigError, match="there is nothing to set"):
+        read_options("dataset_option", ["a=1"], lambda: None)
 
 
 if __name__ == "__main__":

@@ -207,6 +207,8 @@ def test_a_list_of_another_length_is_refused():
     [
         (keras.optimizers.Adam(), "keras 3.15, Optimizer"),
         (keras.layers.Dense(1), "keras 3.15, Layer"),
+        (keras.Input((1,)), "keras 3.15, KerasTensor"),
+        (keras.layers.Dense(1), "keras 3.15, Operation"),
         (keras.DTypePolicy("float32"), "keras 3.15, DTypePolicy"),
         (
             tf.distribute.MirroredStrategy(["CPU:0"]).extended,

@@ -379,11 +379,38 @@ def test_the_best_epoch_is_kept_by_the_metrics_own_direction(tmp_path):
     assert steps_in(tmp_path) == sorted({best, 12})
 
 
-def test_a_best_metric_that_there_is_not_is_an_error_after_an_epoch(tmp_path):
+def test_a_best_metric_that_there_is_not_is_an_error_at_the_start(tmp_path):
     policy = dist_amp.SavePolicy(keep_best="val_f1")
-    with pytest.raises(ValueError, match="`keep_best` must be one of loss, "):
+    told = "must be one of loss, accuracy, val_loss, val_accuracy. Received"
+    with pytest.raises(ValueError, match=told):
         train(tmp_path, save_policy=policy)
-    assert steps_in(tmp_path) == [4]  # and the epoch is not lost
+    assert steps_in(tmp_path) == []
+
+
+class Several(keras.metrics.Metric):
+    """A metric of two results, whose names only they tell."""
+
+    def update_state(self, y, predictions, sample_weight=None):
+        pass
+
+    def result(self):
+        return {"one": 1.0, "two": 2.0}
+
+
+def test_where_a_metric_names_its_results_an_epoch_tells(tmp_path):
+    def fit(name):
+        trainer = support.make_trainer(metrics=[Several()])
+        trainer.fit(
+            support.make_dataset(),
+            verbose=0,
+            checkpoint_dir=tmp_path / name,
+            save_policy=dist_amp.SavePolicy(keep_best=name, mode="max"),
+        )
+
+    fit("two")
+    with pytest.raises(ValueError, match="must be one of loss, one, two, "):
+        fit("three")
+    assert steps_in(tmp_path / "three") == [3]  # and the epoch is not lost
 
 
 def test_a_checkpoint_tells_what_it_is(tmp_path):

@@ -163,6 +163,13 @@ def test_an_optimizer_of_another_scope_is_refused():
         dist_amp.Trainer(model, support.make_sgd(), loss=support.make_loss())
 
 
+def test_a_model_of_no_scope_is_refused():
+    with pytest.raises(ValueError, match=r"in `with dist_amp.scope\(.*one_dev"):
+        dist_amp.Trainer(
+            support.make_mlp(), support.make_sgd(), loss=support.make_loss()
+        )
+
+
 # ------------------------------------------------------------ Keras callbacks
 
 

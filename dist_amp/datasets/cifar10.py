@@ -17,14 +17,17 @@ _SHIFT = 4  # pixels, at most
 
 
 def build(
-    split: str, global_batch_size: int, seed: int, data_dir: str | None
+    split: str,
+    global_batch_size: int,
+    seed: int | None,
+    data_dir: str | None,
 ) -> LoadedBatches:
     """Batches of float32 `[batch, 32, 32, 3]` and labels 0..9.
 
     Args:
         split: "train", a function of the pass, or "test".
         global_batch_size: Examples in a batch.
-        seed: Of order, shifts and mirrors.
+        seed: Of order, shifts and mirrors; None keeps order and images.
         data_dir: Where TFDS keeps its data, which it downloads once.
     """
     builder = sources.prepare_tfds("cifar10", data_dir)

@@ -21,14 +21,18 @@ _BUFFER = 16_384  # JPEGs, some 2 GB; TFDS keeps them shuffled
 
 
 def build(
-    split: str, global_batch_size: int, seed: int, data_dir: str | None
+    split: str,
+    global_batch_size: int,
+    seed: int | None,
+    data_dir: str | None,
 ) -> LoadedBatches:
     """Batches of float32 `[batch, 224, 224, 3]` and labels 0..999.
 
     Args:
         split: "train", a function of the pass, or "test": TFDS' validation.
         global_batch_size: Examples in a batch.
-        seed: Of order, crops and mirrors.
+        seed: Of order, crops and mirrors; None keeps the order and takes
+            the centre.
         data_dir: Where TFDS keeps its data. It does not download these
             images: put the archives of image-net.org in downloads/manual.
     """

@@ -15,7 +15,7 @@ _TEST_NAMES = ("test", "val", "valid", "validation")
 def build(
     split: str,
     global_batch_size: int,
-    seed: int,
+    seed: int | None,
     data_dir: str | None,
     length: int = pieces.LENGTH,
 ) -> DatasetLike:
@@ -26,7 +26,7 @@ def build(
             `train.txt` and `test.txt` (or `val.txt`); of a folder without
             those the first nine tenths of each `*.txt` and its last tenth.
         global_batch_size: Pieces in a batch.
-        seed: Of the order.
+        seed: Of the order; None keeps it.
         data_dir: The folder of the files.
         length: Of a piece (--dataset_option=length=...).
 

@@ -11,7 +11,7 @@ from dist_amp.stream import DatasetLike
 def build(
     split: str,
     global_batch_size: int,
-    seed: int,
+    seed: int | None,
     data_dir: str | None,
     length: int = pieces.LENGTH,
 ) -> DatasetLike:
@@ -22,7 +22,7 @@ def build(
             "test", which reads `val.bin`. The files are nothing but tokens,
             each an unsigned number of two bytes, the lower one first.
         global_batch_size: Pieces in a batch.
-        seed: Of the order.
+        seed: Of the order; None keeps it.
         data_dir: The folder of the files.
         length: Of a piece (--dataset_option=length=...).
 

@@ -7,10 +7,12 @@ import sys
 import numpy as np
 import pytest
 
-from dist_amp import storage
+from dist_amp import data, storage
+from dist_amp.datasets import cifar10, imagenet, text, tokens
 from launch import build, evaluate, hardware, inputs, observers
 from launch.config import ConfigError, TrainConfig
 from launch.evaluate import EvaluateConfig
+from launch.imported import takes_none
 from launch.run_dir import RunDir, settings_to_infer
 from tests import support
 
@@ -101,6 +103,40 @@ def test_what_does_not_fit_is_told(trained, settings, told):
     config = EvaluateConfig(run_dir=str(trained[0]), **settings)
     with pytest.raises(ConfigError, match=told):
         evaluate.evaluate(config)
+
+
+def as_asked(split, global_batch_size, seed: int | None):
+    """Shuffled by the pass and the seed; in order without a seed."""
+    arrays = support.make_arrays(SIZES[split])
+    return data.from_arrays(arrays, global_batch_size, seed)
+
+
+def shuffled(split, global_batch_size, seed):
+    return as_asked(split, global_batch_size, seed)
+
+
+def plain(split, global_batch_size):
+    return support.make_dataset(SIZES[split], global_batch_size)
+
+
+@pytest.mark.parametrize("name", ["as_asked", "plain"])
+def test_the_split_trained_on_comes_in_its_own_order(name):
+    config = TrainConfig(dataset=f"{NAME}:{name}", global_batch_size=8)
+    found = inputs.load_split(config, "train", needs_order=True).train
+    rows = np.concatenate([x for x, _ in found])
+    np.testing.assert_array_equal(rows, support.make_arrays(24)[0])
+
+
+def test_predictions_in_an_order_that_nobody_knows_are_refused():
+    config = TrainConfig(dataset=f"{NAME}:shuffled", global_batch_size=8)
+    assert inputs.load_split(config, "train").train
+    with pytest.raises(ConfigError, match="Annotate its `seed` as `int"):
+        inputs.load_split(config, "train", needs_order=True)
+
+
+def test_images_of_our_own_are_not_changed_where_order_is_wanted():
+    for module in (cifar10, imagenet, text, tokens):
+        assert takes_none(module.build, "seed")
 
 
 @pytest.mark.parametrize(

@@ -64,6 +64,7 @@ def test_its_folder_holds_what_was_promised(default_run):
     assert config["settings"]["global_batch_size"] == 32
     assert config["resolved"]["precision_reason"]
     assert config["resolved"]["strategy_reason"]
+    assert config["resolved"]["from_logits"] is True
     assert config["versions"]["keras"] == keras.__version__
     train = [x for x in read_lines(run_dir) if x["split"] == "train"]
     assert [line["epoch"] for line in train] == [1, 2, 3, 4, 5]
