@@ -115,7 +115,9 @@ class DataService:
             DataServiceError: The service does not answer, or the data cannot
                 travel to it.
         """
+        _check_leaves(batches.element_spec)
         spec = cut(batches).element_spec
+        _check_leaves(spec)
         numbered = _numbered(batches, cut, _leaf_specs(spec))
         _check_can_travel(numbered)
         self._wait_for_dispatcher()
@@ -260,9 +262,13 @@ class DataService:
                 "DispatcherConfig.worker_addresses)."
             )
         text = re.sub(r"\{\{.*?\}\} ", "", error.message)
+        said = text.splitlines()[0][:500]
+        if isinstance(error, tf.errors.UnavailableError):
+            return DataServiceLostError(
+                f"the data service at {self.address} was lost: {said}"
+            )
         return DataServiceError(
-            f"the data service at {self.address} cannot load the data: "
-            f"{text.splitlines()[0][:500]}"
+            f"the data service at {self.address} cannot load the data: {said}"
         )
 
 
@@ -308,8 +314,8 @@ class _Reader:
         except queue.Empty:
             raise DataServiceLostError(
                 f"the data service at {self._address} has given no batch for "
-                f"{timeout:g} s (--collective_timeout): look whether its "
-                "dispatcher and its workers still run."
+                f"{timeout:g} s (half of --collective_timeout): look whether "
+                "its dispatcher and its workers still run."
             ) from None
         if isinstance(found, Exception):
             raise found
@@ -413,6 +419,17 @@ def _empty(spec: Any) -> tf.Tensor | None:
     return tf.zeros([size or 0 for size in spec.shape], spec.dtype)
 
 
+def _check_leaves(spec: Any) -> None:
+    """Whether none is one whose parts would travel apart."""
+    for leaf in tf.nest.flatten(spec):
+        if isinstance(leaf, tf.RaggedTensorSpec | tf.SparseTensorSpec):
+            raise DataServiceError(
+                "ragged and sparse tensors cannot travel by way of a data "
+                f"service. Received {leaf}: make it dense (`to_tensor`, "
+                "`tf.sparse.to_dense`), or leave out --data_service."
+            )
+
+
 def _is_dense(spec: Any) -> bool:
     return isinstance(spec, tf.TensorSpec)
 
@@ -440,7 +457,8 @@ def _check_can_travel(dataset: tf.data.Dataset) -> None:
             f"Python code ({', '.join(python)}) cannot travel to a data "
             "service: the data must do without `tf.py_function`, "
             "`tf.numpy_function` and `from_generator`, or without "
-            "--data_service."
+            "--data_service. ArrayRecord files are read by such code, each "
+            "worker its own rows, and need no service."
         )
     if drawn := [name for name in names if _RANDOM.match(name)]:
         raise DataServiceError(
