@@ -80,8 +80,9 @@ class DataService:
     Args:
         address: "grpc://host:port" of its dispatcher, which must have been
             started with the addresses of all its workers.
-        startup_timeout: Seconds to wait for all of the service.
-        timeout: Seconds without a batch until the service counts as lost.
+        startup_timeout: Seconds to wait for all of the service, once.
+        timeout: Seconds without a batch, from its first one on, until the
+            service counts as lost.
 
     Raises:
         DataServiceError: The address is not of this form.
@@ -102,6 +103,7 @@ class DataService:
         self.address = address
         self._startup_timeout = startup_timeout
         self._timeout = timeout
+        self._has_begun = False
         self._error: Exception | None = None
 
     def open(self, batches: tf.data.Dataset, cut: Cut) -> tf.data.Dataset:
@@ -153,7 +155,7 @@ class DataService:
 
     def _wait_for_dispatcher(self) -> None:
         host, port = split_address(self.address.removeprefix("grpc://"))
-        deadline = time.monotonic() + self._startup_timeout
+        deadline = time.monotonic() + self._limit
         while True:
             try:
                 socket.create_connection(
@@ -162,13 +164,25 @@ class DataService:
                 return
             except OSError as error:
                 if time.monotonic() >= deadline:
-                    raise DataServiceError(
-                        f"no data service answers at {self.address} within "
-                        f"{self._startup_timeout:g} s ({error}): start it, or "
-                        "name its dispatcher (--data_service, "
-                        "--startup_timeout)."
-                    ) from error
+                    raise self._not_there(error) from error
             time.sleep(_SECONDS_BETWEEN_TRIES)
+
+    @property
+    def _limit(self) -> float:
+        """Seconds to wait for the first batch of a reading."""
+        return self._timeout if self._has_begun else self._startup_timeout
+
+    def _not_there(self, error: OSError) -> Exception:
+        if self._has_begun:
+            return DataServiceLostError(
+                f"the data service at {self.address} does not answer any more "
+                f"({error}): look whether its dispatcher still runs."
+            )
+        return DataServiceError(
+            f"no data service answers at {self.address} within "
+            f"{self._startup_timeout:g} s ({error}): start it, or name its "
+            "dispatcher (--data_service, --startup_timeout)."
+        )
 
     # ----------------------------------------------- where batches come back
 
@@ -205,13 +219,14 @@ class DataService:
         self, numbered: tf.data.Dataset, stack: contextlib.ExitStack
     ) -> tuple["_Reader", list[tuple[_Head, Any]]]:
         """Waits until all workers of the service take part."""
-        deadline = time.monotonic() + self._startup_timeout
+        deadline = time.monotonic() + self._limit
         while True:
             with contextlib.ExitStack() as attempt:
                 reader = attempt.enter_context(_Reader(self.address, numbered))
                 batches = self._take_first(reader, deadline)
                 if batches is not None:
                     stack.enter_context(attempt.pop_all())
+                    self._has_begun = True
                     return reader, batches
             time.sleep(_SECONDS_BETWEEN_TRIES)
 
@@ -223,6 +238,8 @@ class DataService:
         try:
             found = reader.take(left)
         except DataServiceLostError as error:
+            if self._has_begun:
+                raise
             raise DataServiceError(
                 f"the data service at {self.address} gave no batch within "
                 f"{self._startup_timeout:g} s: its workers may not have come, "
@@ -231,10 +248,11 @@ class DataService:
         if [head.number for head, _ in found] == list(range(reader.stride)):
             return found
         if time.monotonic() >= deadline:
-            raise DataServiceError(
+            kind = DataServiceLostError if self._has_begun else DataServiceError
+            raise kind(
                 f"not all {reader.stride} workers of the data service at "
-                f"{self.address} have come within {self._startup_timeout:g} s: "
-                "start them (--startup_timeout)."
+                f"{self.address} have come within {self._limit:g} s: start "
+                "them (--startup_timeout)."
             )
         return None
 
@@ -314,8 +332,8 @@ class _Reader:
         except queue.Empty:
             raise DataServiceLostError(
                 f"the data service at {self._address} has given no batch for "
-                f"{timeout:g} s (half of --collective_timeout): look whether "
-                "its dispatcher and its workers still run."
+                f"{round(timeout, 1):g} s (half of --collective_timeout): look "
+                "whether its dispatcher and its workers still run."
             ) from None
         if isinstance(found, Exception):
             raise found

@@ -403,6 +403,16 @@ def test_training_waits_for_all_workers_of_the_service():
     assert found == evaluated(passes("test"))
 
 
+def test_a_service_that_was_there_is_not_waited_for_as_at_the_start():
+    service = service_at(servers := start(1), startup_timeout=300, timeout=1.0)
+    dataset = passes("test")
+    assert evaluated(dataset, service) == evaluated(dataset)
+    servers.clear()
+    gc.collect()
+    with pytest.raises(DataServiceLostError, match=r"not answer any more"):
+        evaluated(dataset, service)
+
+
 def test_a_worker_that_is_lost_ends_training():
     """Servers end when nothing refers to them."""
     servers = start(3)
