@@ -80,8 +80,9 @@ class DataService:
     Args:
         address: "grpc://host:port" of its dispatcher, which must have been
             started with the addresses of all its workers.
-        startup_timeout: Seconds to wait for all of the service.
-        timeout: Seconds without a batch until the service counts as lost.
+        startup_timeout: Seconds to wait for all of the service, once.
+        timeout: Seconds without a batch, from its first one on, until the
+            service counts as lost.
 
     Raises:
         DataServiceError: The address is not of this form.
@@ -102,6 +103,7 @@ class DataService:
         self.address = address
         self._startup_timeout = startup_timeout
         self._timeout = timeout
+        self._has_begun = False
         self._error: Exception | None = None
 
     def open(self, batches: tf.data.Dataset, cut: Cut) -> tf.data.Dataset:
@@ -115,7 +117,9 @@ class DataService:
             DataServiceError: The service does not answer, or the data cannot
                 travel to it.
         """
+        _check_leaves(batches.element_spec)
         spec = cut(batches).element_spec
+        _check_leaves(spec)
         numbered = _numbered(batches, cut, _leaf_specs(spec))
         _check_can_travel(numbered)
         self._wait_for_dispatcher()
@@ -151,7 +155,7 @@ class DataService:
 
     def _wait_for_dispatcher(self) -> None:
         host, port = split_address(self.address.removeprefix("grpc://"))
-        deadline = time.monotonic() + self._startup_timeout
+        deadline = time.monotonic() + self._limit
         while True:
             try:
                 socket.create_connection(
@@ -160,13 +164,25 @@ class DataService:
                 return
             except OSError as error:
                 if time.monotonic() >= deadline:
-                    raise DataServiceError(
-                        f"no data service answers at {self.address} within "
-                        f"{self._startup_timeout:g} s ({error}): start it, or "
-                        "name its dispatcher (--data_service, "
-                        "--startup_timeout)."
-                    ) from error
+                    raise self._not_there(error) from error
             time.sleep(_SECONDS_BETWEEN_TRIES)
+
+    @property
+    def _limit(self) -> float:
+        """Seconds to wait for the first batch of a reading."""
+        return self._timeout if self._has_begun else self._startup_timeout
+
+    def _not_there(self, error: OSError) -> Exception:
+        if self._has_begun:
+            return DataServiceLostError(
+                f"the data service at {self.address} does not answer any more "
+                f"({error}): look whether its dispatcher still runs."
+            )
+        return DataServiceError(
+            f"no data service answers at {self.address} within "
+            f"{self._startup_timeout:g} s ({error}): start it, or name its "
+            "dispatcher (--data_service, --startup_timeout)."
+        )
 
     # ----------------------------------------------- where batches come back
 
@@ -203,13 +219,14 @@ class DataService:
         self, numbered: tf.data.Dataset, stack: contextlib.ExitStack
     ) -> tuple["_Reader", list[tuple[_Head, Any]]]:
         """Waits until all workers of the service take part."""
-        deadline = time.monotonic() + self._startup_timeout
+        deadline = time.monotonic() + self._limit
         while True:
             with contextlib.ExitStack() as attempt:
                 reader = attempt.enter_context(_Reader(self.address, numbered))
                 batches = self._take_first(reader, deadline)
                 if batches is not None:
                     stack.enter_context(attempt.pop_all())
+                    self._has_begun = True
                     return reader, batches
             time.sleep(_SECONDS_BETWEEN_TRIES)
 
@@ -221,6 +238,8 @@ class DataService:
         try:
             found = reader.take(left)
         except DataServiceLostError as error:
+            if self._has_begun:
+                raise
             raise DataServiceError(
                 f"the data service at {self.address} gave no batch within "
                 f"{self._startup_timeout:g} s: its workers may not have come, "
@@ -229,10 +248,11 @@ class DataService:
         if [head.number for head, _ in found] == list(range(reader.stride)):
             return found
         if time.monotonic() >= deadline:
-            raise DataServiceError(
+            kind = DataServiceLostError if self._has_begun else DataServiceError
+            raise kind(
                 f"not all {reader.stride} workers of the data service at "
-                f"{self.address} have come within {self._startup_timeout:g} s: "
-                "start them (--startup_timeout)."
+                f"{self.address} have come within {self._limit:g} s: start "
+                "them (--startup_timeout)."
             )
         return None
 
@@ -260,9 +280,13 @@ class DataService:
                 "DispatcherConfig.worker_addresses)."
             )
         text = re.sub(r"\{\{.*?\}\} ", "", error.message)
+        said = text.splitlines()[0][:500]
+        if isinstance(error, tf.errors.UnavailableError):
+            return DataServiceLostError(
+                f"the data service at {self.address} was lost: {said}"
+            )
         return DataServiceError(
-            f"the data service at {self.address} cannot load the data: "
-            f"{text.splitlines()[0][:500]}"
+            f"the data service at {self.address} cannot load the data: {said}"
         )
 
 
@@ -308,8 +332,8 @@ class _Reader:
         except queue.Empty:
             raise DataServiceLostError(
                 f"the data service at {self._address} has given no batch for "
-                f"{timeout:g} s (--collective_timeout): look whether its "
-                "dispatcher and its workers still run."
+                f"{round(timeout, 1):g} s (half of --collective_timeout): look "
+                "whether its dispatcher and its workers still run."
             ) from None
         if isinstance(found, Exception):
             raise found
@@ -413,6 +437,17 @@ def _empty(spec: Any) -> tf.Tensor | None:
     return tf.zeros([size or 0 for size in spec.shape], spec.dtype)
 
 
+def _check_leaves(spec: Any) -> None:
+    """Whether none is one whose parts would travel apart."""
+    for leaf in tf.nest.flatten(spec):
+        if isinstance(leaf, tf.RaggedTensorSpec | tf.SparseTensorSpec):
+            raise DataServiceError(
+                "ragged and sparse tensors cannot travel by way of a data "
+                f"service. Received {leaf}: make it dense (`to_tensor`, "
+                "`tf.sparse.to_dense`), or leave out --data_service."
+            )
+
+
 def _is_dense(spec: Any) -> bool:
     return isinstance(spec, tf.TensorSpec)
 
@@ -440,7 +475,8 @@ def _check_can_travel(dataset: tf.data.Dataset) -> None:
             f"Python code ({', '.join(python)}) cannot travel to a data "
             "service: the data must do without `tf.py_function`, "
             "`tf.numpy_function` and `from_generator`, or without "
-            "--data_service."
+            "--data_service. ArrayRecord files are read by such code, each "
+            "worker its own rows, and need no service."
         )
     if drawn := [name for name in names if _RANDOM.match(name)]:
         raise DataServiceError(

@@ -125,7 +125,7 @@ class Feed:
                 "`data_service` is not for TPUs, whose hosts read their own "
                 "input: leave it out (--data_service)."
             )
-        if isinstance(self.batches, ArrayBatches):
+        if isinstance(self.batches, ArrayBatches) and not self._load:
             raise DataServiceError(
                 "`data_service` has nothing to load: all examples are in this "
                 "worker's memory already. Leave it out (--data_service)."

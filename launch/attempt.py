@@ -9,7 +9,7 @@ import selectors
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from launch import job as job_lib
 from launch.guardian import Guardian
@@ -39,6 +39,7 @@ class Attempt:
         asked: The signal that asked this process to stop; None if none did.
         hung: Index of a worker that was found hanging; None if none was.
         why: What was found of it.
+        has_lost_service: Whether what serves the workers ended before them.
     """
 
     def __init__(
@@ -57,12 +58,27 @@ class Attempt:
         self._screen = _Screen()
         self._schedule: list[tuple[float, int]] | None = None
         self._next_reminder = 0.0
+        self._is_served: Callable[[], bool] = lambda: True
         self.asked: int | None = None
         self.hung: int | None = None
         self.why = ""
+        self.has_lost_service = False
 
-    def run(self, starts: Sequence[Start]) -> list[Ending]:
-        """Returns how each worker ended."""
+    def run(
+        self,
+        starts: Sequence[Start],
+        is_served: Callable[[], bool] | None = None,
+    ) -> list[Ending]:
+        """Starts all, and waits until all have ended.
+
+        Args:
+            starts: How to start each.
+            is_served: Whether what serves them still runs; None: nothing does.
+
+        Returns:
+            How each worker ended.
+        """
+        self._is_served = is_served or self._is_served
         with (
             selectors.DefaultSelector() as selector,
             self._passing_on_signals(),
@@ -85,10 +101,13 @@ class Attempt:
         while True:
             for key, _ in selector.select(_SECONDS_BETWEEN_LOOKS):
                 key.data.read(key.fd, selector)
+            now = time.monotonic()
+            # Looked for first: workers fail of it.
+            if self._schedule is None and not self._is_served():
+                self._end_all_for_lost_service(now)
             running = [w for w in self._workers if not w.reap(selector)]
             if not running:
                 return
-            now = time.monotonic()
             # One that was stopped itself has not read yet what came meanwhile.
             if now - looked_at < _SECONDS_OF_A_PAUSE:
                 self._look(running, now)
@@ -119,6 +138,14 @@ class Attempt:
                 continue
             for worker in running:
                 worker.kill("it did not leave when it was told to")
+
+    def _end_all_for_lost_service(self, now: float) -> None:
+        """Whoever still has batches may save; the others cannot."""
+        self.has_lost_service = True
+        self._schedule = [
+            (now, signal.SIGTERM),
+            (now + self._leave_timeout, signal.SIGKILL),
+        ]
 
     def _look_for_failed(self, now: float) -> None:
         """Sets a limit to the others once one has failed."""

@@ -75,7 +75,8 @@ def _data_service(config: TrainConfig) -> DataService | None:
     return DataService(
         config.data_service,
         startup_timeout=config.startup_timeout,
-        timeout=config.collective_timeout,
+        # Before the watchdog blames a worker that waits for the service.
+        timeout=config.collective_timeout / 2,
     )
 
 

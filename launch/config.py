@@ -600,6 +600,14 @@ class TrainConfig:
             _contradict(
                 "data_service", "a TPU", "its hosts read their own input"
             )
+        name = os.path.basename(self.dataset)
+        if self.data_kind == "records" and ".array_record" in name:
+            _contradict(
+                "data_service",
+                f"--dataset={self.dataset}",
+                "each worker reads at random the rows of ArrayRecord files "
+                "that it needs; drop the flag, or use TFRecord files",
+            )
 
     def _check_workers(self) -> None:
         if self.workers and self.strategy not in ("auto", "multi_worker"):

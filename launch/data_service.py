@@ -15,6 +15,7 @@ what he likes: see to a firewall.
 
 import dataclasses
 import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,7 @@ _NEEDED = {
     "dispatcher": ("workers",),
     "worker": ("dispatcher", "address"),
 }
+_ADDRESS = re.compile(r"([^\s:\[\]]+|\[[0-9A-Fa-f:.]+\]):(\d+)")
 _SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
@@ -79,12 +81,18 @@ class DataServiceConfig:
             raise ConfigError(
                 f"--num_workers must be positive. Received {self.num_workers}."
             )
+        if not 0 <= (self.port or 0) < 2**16:
+            raise ConfigError(
+                f"--port must be from 0 (any) to 65535. Received {self.port}."
+            )
         for address in (*self.workers, self.dispatcher, self.address):
-            if address and not address.rpartition(":")[2].isdecimal():
-                raise ConfigError(
-                    "--workers, --dispatcher and --address must be host:port. "
-                    f"Received {address}."
-                )
+            _check_address(address)
+        twice = [a for a in self.workers if self.workers.count(a) > 1]
+        if twice:
+            raise ConfigError(
+                f"--workers names {twice[0]} more than once: each worker has "
+                "an address of its own."
+            )
 
     def _check_is_for(self, role: str, name: str) -> None:
         value = getattr(self, name)
@@ -95,6 +103,17 @@ class DataServiceConfig:
             )
         if not value and self.role == role != "all":
             raise ConfigError(f"--role={role} needs --{name}.")
+
+
+def _check_address(address: str | None) -> None:
+    if address is None:
+        return
+    found = _ADDRESS.fullmatch(address)
+    if not found or not 0 < int(found[2]) < 2**16:
+        raise ConfigError(
+            "--workers, --dispatcher and --address must be host:port (IPv6: "
+            f"[host]:port). Received {address}."
+        )
 
 
 def run() -> None:

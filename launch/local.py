@@ -196,6 +196,8 @@ def make_plan(job: LocalJob, training: job_lib.Training) -> Plan:
             "--data_service_workers contradicts --data_service: drop one of "
             "them."
         )
+    if job.data_service_workers:
+        _with_service(training, "grpc://127.0.0.1:1")  # whether one suits it
     number = job.devices_per_worker
     if not gpus and number and (config.devices or config.num_logical_cpus):
         raise ConfigError(
@@ -300,27 +302,33 @@ def _train(job: LocalJob, plan: Plan) -> int:
     num_restarts = 0
     while True:
         attempt = _make_attempt(job, plan, guardian)
-        with _service(job, plan, guardian) as served:
-            endings = attempt.run(served.starts(slots))
+        with _service(job, plan, guardian) as (served, service):
+            is_served = service.is_running if service else None
+            endings = attempt.run(served.starts(slots), is_served)
         first = post_mortem.first_to_fail(endings, attempt.hung)
-        status = post_mortem.exit_status(first) if first else 0
         if first is None:
             return 0
         if attempt.asked is not None:
             return 128 + attempt.asked
-        if first.status in job_lib.STOPPED and attempt.hung is None:
+        status = post_mortem.exit_status(first)
+        if service and attempt.has_lost_service:
+            status = job_lib.PEER
+            _say(_describe_end(service))
+        elif first.status in job_lib.STOPPED and attempt.hung is None:
             return status
-        log = str(plan.logs / f"worker-{first.index}.log")
-        _say(post_mortem.describe(first, endings, why=attempt.why, log=log))
-        if is_isolated:
-            _explain_network(first)
+        else:
+            _explain(first, endings, attempt, plan)
+            if is_isolated:
+                _explain_network(first)
         if status not in job_lib.RESTART:
             return status
         if num_restarts == job.max_restarts:
             _say(f"restarted {num_restarts} times (--max_restarts): that is it")
             return status
         num_restarts += 1
-        slots = slots_left(job, plan, slots, first.index)
+        # Of a peer or the service, no worker is known to be at fault.
+        failed = None if status == job_lib.PEER else first.index
+        slots = slots_left(job, plan, slots, failed)
         _say(
             f"starts again from the last checkpoint on {len(slots)} workers "
             f"({num_restarts} of {job.max_restarts})"
@@ -328,17 +336,39 @@ def _train(job: LocalJob, plan: Plan) -> int:
 
 
 @contextlib.contextmanager
-def _service(job: LocalJob, plan: Plan, guardian: Guardian) -> Iterator[Plan]:
+def _service(
+    job: LocalJob, plan: Plan, guardian: Guardian
+) -> Iterator[tuple[Plan, service_process.Service | None]]:
     """The plan with the flag of a service that runs meanwhile, if any does."""
     if job.data_service_workers is None:
-        yield plan
+        yield plan, None
         return
     with service_process.running(
         job.data_service_workers, plan.logs / "data-service.log", guardian
-    ) as address:
-        arguments = [*plan.training.arguments, f"--data_service={address}"]
-        training = job_lib.read_training(arguments)
-        yield dataclasses.replace(plan, training=training)
+    ) as service:
+        training = _with_service(plan.training, service.address)
+        yield dataclasses.replace(plan, training=training), service
+
+
+def _with_service(training: job_lib.Training, address: str) -> job_lib.Training:
+    return job_lib.read_training(
+        [*training.arguments, f"--data_service={address}"]
+    )
+
+
+def _describe_end(service: service_process.Service) -> str:
+    assert service.status is not None
+    return post_mortem.describe_service(
+        service.status, service.lines, log=str(service.log)
+    )
+
+
+def _explain(
+    first: Ending, endings: Sequence[Ending], attempt: Attempt, plan: Plan
+) -> None:
+    """Says which worker failed first."""
+    log = str(plan.logs / f"worker-{first.index}.log")
+    _say(post_mortem.describe(first, endings, why=attempt.why, log=log))
 
 
 def _make_attempt(job: LocalJob, plan: Plan, guardian: Guardian) -> Attempt:
@@ -352,7 +382,7 @@ def _make_attempt(job: LocalJob, plan: Plan, guardian: Guardian) -> Attempt:
 
 
 def slots_left(
-    job: LocalJob, plan: Plan, slots: list[int], failed: int
+    job: LocalJob, plan: Plan, slots: list[int], failed: int | None
 ) -> list[int]:
     """Whose cores or GPUs the next attempt's workers have.
 
@@ -360,7 +390,7 @@ def slots_left(
         job: The settings.
         plan: What is started.
         slots: Those of this attempt, by the worker's index.
-        failed: The worker that failed first.
+        failed: The worker that failed first; None: none is to blame.
     """
     left = [slot for index, slot in enumerate(slots) if index != failed]
     while len(left) >= (job.min_workers or job.num_workers):

@@ -92,6 +92,23 @@ def describe(
     return "\n".join(lines)
 
 
+def describe_service(status: int, lines: Sequence[str], *, log: str) -> str:
+    """Some lines on a data service that ended before its workers.
+
+    Args:
+        status: Exit status; minus the number of the signal that killed it.
+        lines: What it said.
+        log: Where its output is.
+    """
+    first = (
+        "the data service (--data_service_workers) ended before the workers, "
+        f"which cannot go on without it: {status_in_words(status)}"
+    )
+    said = [f"  | {line}" for line in excerpt(lines)[-1:]]
+    last = f"  all that the data service said: {log}"
+    return "\n".join([first, *said, last])
+
+
 def _who_held_up(ending: Ending) -> int | None:
     """Whom a worker names that ended since nothing went on."""
     for line in ending.lines:
@@ -144,7 +161,11 @@ def _shortened(lines: Sequence[str]) -> Sequence[str]:
 def _status_in_words(ending: Ending) -> str:
     if ending.killed:
         return f"killed, since {ending.killed}"
-    status = ending.status
+    return status_in_words(ending.status)
+
+
+def status_in_words(status: int) -> str:
+    """An exit status, or minus the signal that killed a process."""
     name = f"exit status {status}"
     if status < 0:
         name = f"killed by {signal.Signals(-status).name}"

@@ -4,8 +4,12 @@ import functools
 import gc
 import json
 import os
+import pathlib
+import re
+import signal
 import subprocess
 import sys
+import threading
 
 import keras
 import numpy as np
@@ -19,14 +23,16 @@ from dist_amp.data_service import (
     DataServiceError,
     DataServiceLostError,
 )
+from launch import build, evaluate, job, service_process, train
 from launch import data_service as program
-from launch import evaluate, job, train
 from launch.config import ConfigError, TrainConfig
 from launch.data_service import DataServiceConfig
+from launch.guardian import Guardian
 from launch.local import LocalJob, make_plan
 from launch.run_dir import RunDir
 from launch.worker_process import free_ports
 from tests import support
+from tests.multi_worker.processes import children_of
 
 SECONDS = 20.0
 NUM_EXAMPLES = 3 * support.GLOBAL_BATCH + 3  # the last batch is smaller
@@ -186,6 +192,68 @@ def test_programs_take_batches_of_it(tmp_path, capfd):
     assert "accuracy" in told[0]
 
 
+def test_a_service_that_dies_is_named_and_all_workers_go_on(tmp_path):
+    flags = [f"--dataset={__name__}:passes", "--global_batch_size=8"]
+    flags += ["--precision=float32", "--epochs=100000", f"--run_dir={tmp_path}"]
+    own = ["--min_workers=1", "--data_service_workers=1", "--leave_timeout=1"]
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "launch.local", *own, "--", *flags],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    watch = threading.Timer(120, launcher.kill)
+    watch.start()
+    try:
+        lines = until(launcher, "Epoch")
+        os.kill(service_of(launcher), signal.SIGKILL)
+        lines += until(launcher, "starts again") + until(launcher, "Epoch")
+        launcher.send_signal(signal.SIGINT)
+        lines += launcher.stdout.readlines()
+    finally:
+        watch.cancel()
+        launcher.kill()
+    said = "".join(lines)
+    assert launcher.wait() == 130, said
+    assert re.search("the data service .* ended .* killed by SIGKILL", said)
+    log = tmp_path / "logs" / "data-service.log"
+    assert f"all that the data service said: {log}" in said
+    assert "on 2 workers (1 of 3)" in said
+    assert not re.search(r"worker \d+ (failed first|held up)", said)
+
+
+def until(launcher, begin):
+    """The lines up to one that begins so."""
+    lines = []
+    for line in launcher.stdout:
+        lines.append(line)
+        if line.startswith(begin):
+            return lines
+    raise AssertionError("".join(lines))
+
+
+def service_of(launcher):
+    (found,) = [
+        pid
+        for pid in children_of(launcher.pid)
+        if b"launch.data_service"
+        in pathlib.Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+    return found
+
+
+def test_a_service_that_ends_at_its_start_is_told_at_once(tmp_path):
+    log = tmp_path / "log"
+    log.write_text("of another start\n")
+    text = r"ended at its start \(exit status 2 .*--num_workers must be pos"
+    with (
+        pytest.raises(ConfigError, match=text),
+        service_process.running(0, log, Guardian()),
+    ):
+        pass
+
+
 def losses(run_dir):
     lines = RunDir(run_dir).metrics.read_text().splitlines()
     return [json.loads(line)["loss"] for line in lines]
@@ -265,6 +333,37 @@ def test_data_that_would_be_other_data_is_an_error(make_dataset, text):
         evaluated(make_dataset(), service_at(servers_of(3)))
 
 
+def test_ragged_and_sparse_leaves_are_refused():
+    service = DataService("grpc://127.0.0.1:1")
+    x, _ = support.make_arrays(9)
+    plain = tf.data.Dataset.from_tensor_slices(x).batch(4)
+    ragged = plain.map(lambda x: tf.RaggedTensor.from_tensor(x))
+    sparse = plain.map(lambda x: (x, tf.sparse.from_dense(x)))
+    for batches, cut in [
+        (ragged, lambda batches: batches.map(lambda x: x.to_tensor())),
+        (plain, lambda batches: batches.map(tf.RaggedTensor.from_tensor)),
+        (sparse, lambda batches: batches.map(lambda x, s: x)),
+    ]:
+        with pytest.raises(DataServiceError, match="ragged and sparse tens"):
+            service.open(batches, cut)
+
+
+def test_what_is_loaded_of_arrays_in_memory_comes_from_a_service():
+    x, y = support.make_arrays(NUM_EXAMPLES)
+    numbers = np.arange(NUM_EXAMPLES)
+    dataset = dist_amp.LoadedBatches(
+        data.from_arrays(numbers, support.GLOBAL_BATCH, shuffle_seed=3),
+        lambda index: (tf.gather(x, index), tf.gather(y, index)),
+    )
+    trainer = support.make_trainer(num_replicas=2)
+    trainer.build(dataset)
+    expected = taken(trainer, dataset)
+    trainer.data_service = service_at(servers_of(1))
+    found = taken(trainer, dataset)
+    for one, other in zip(found, expected, strict=True):
+        tf.nest.map_structure(np.testing.assert_array_equal, one, other)
+
+
 def test_data_in_memory_need_no_service():
     trainer = support.make_trainer(data_service=DataService("grpc://a:1"))
     with pytest.raises(DataServiceError, match="nothing to load: all example"):
@@ -304,6 +403,16 @@ def test_training_waits_for_all_workers_of_the_service():
     assert found == evaluated(passes("test"))
 
 
+def test_a_service_that_was_there_is_not_waited_for_as_at_the_start():
+    service = service_at(servers := start(1), startup_timeout=300, timeout=1.0)
+    dataset = passes("test")
+    assert evaluated(dataset, service) == evaluated(dataset)
+    servers.clear()
+    gc.collect()
+    with pytest.raises(DataServiceLostError, match=r"not answer any more"):
+        evaluated(dataset, service)
+
+
 def test_a_worker_that_is_lost_ends_training():
     """Servers end when nothing refers to them."""
     servers = start(3)
@@ -339,8 +448,26 @@ def test_a_worker_that_is_lost_ends_training():
         ({"num_workers": 0}, "--num_workers must be positive"),
         (
             {"role": "dispatcher", "workers": ("a",)},
-            "must be host:port. Received a",
+            "must be host:port .* Received a",
         ),
+        (
+            {"role": "dispatcher", "workers": ("5051",)},
+            "must be host:port .* Received 5051",
+        ),
+        (
+            {"role": "dispatcher", "workers": (":5051",)},
+            "must be host:port .* Received :5051",
+        ),
+        (
+            {"role": "dispatcher", "workers": ("a:1", "b:99999")},
+            "must be host:port .* Received b:99999",
+        ),
+        (
+            {"role": "dispatcher", "workers": ("a:1", "b:1", "a:1")},
+            "--workers names a:1 more than once",
+        ),
+        ({"port": 99999}, "--port must be from 0 .* Received 99999"),
+        ({"port": -1}, "--port must be from 0 .* Received -1"),
         (
             {"role": "worker", "address": "a:1", "dispatcher": "b:1"}
             | {"port": 3},
@@ -358,6 +485,16 @@ def test_settings_of_training_are_checked():
         TrainConfig(data_service="somewhere:1")
     with pytest.raises(ConfigError, match="--data_service contradicts a TPU"):
         TrainConfig(data_service="grpc://a:1", tpu="local")
+    files = {"dataset": "/data/{split}-*.array_record", "parse": "json:loads"}
+    with pytest.raises(ConfigError, match=r"reads at random .* ArrayRecord"):
+        TrainConfig(data_service="grpc://a:1", **files)
+    with pytest.raises(ConfigError, match=r"reads at random .* ArrayRecord"):
+        make_plan(
+            LocalJob(data_service_workers=2),
+            job.read_training([f"--{k}={v}" for k, v in files.items()]),
+        )
+    config = TrainConfig(data_service="grpc://a:1", collective_timeout=20)
+    assert build._data_service(config)._timeout == 10.0  # the watchdog's is 20
     training = job.read_training(["--data_service=grpc://a:1"])
     with pytest.raises(ConfigError, match="_workers contradicts --data_ser"):
         make_plan(LocalJob(data_service_workers=2), training)

@@ -139,6 +139,7 @@ def slots_left(failed, *training, slots=(0, 1, 2, 3), **settings):
 
 def test_a_restart_keeps_all_workers():
     assert slots_left(2) == [0, 1, 2, 3]
+    assert slots_left(None, min_workers=1) == [0, 1, 2, 3]  # nobody's fault
 
 
 def test_a_restart_leaves_out_the_failed_one_if_asked():
