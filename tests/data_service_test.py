@@ -498,3 +498,7 @@ def test_settings_of_training_are_checked():
     training = job.read_training(["--data_service=grpc://a:1"])
     with pytest.raises(ConfigError, match="_workers contradicts --data_ser"):
         make_plan(LocalJob(data_service_workers=2), training)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
