@@ -121,6 +121,7 @@ class Trainer(Steps):
                 "optimizer of another strategy: make both within `with "
                 "dist_amp.scope(strategy, ...)`."
             )
+        _check_own_steps(type(self), model)
         with strategy.scope():
             optimizer = _wrapped(optimizer, model)
         super().__init__(
@@ -941,6 +942,30 @@ def _check_has_scope(strategy: tf.distribute.Strategy) -> None:
             "strategy, ...)`. Received a model that was made in no scope; for "
             "one device the strategy is dist_amp.make_strategy('one_device')."
         )
+
+
+def _check_own_steps(kind: type[Trainer], model: keras.Model) -> None:
+    """Whether the model says how it is trained, which no trainer asks it."""
+    for name in ("train_step", "compute_loss"):
+        is_models = _is_overridden(type(model), name, "keras")
+        if is_models and getattr(kind, name) is getattr(Trainer, name):
+            raise ValueError(
+                f"{type(model).__name__}.{name} would be ignored: a "
+                f"`dist_amp.Trainer` calls its own. Write it as `{name}` of a "
+                "Trainer (docs/moving.md), or call `model.fit` with "
+                "`dist_amp.LossScaleOptimizer`."
+            )
+    if getattr(model, "compiled", False):
+        _log.warning(
+            "the model is compiled: what `compile` was given does not count "
+            "in a Trainer, which takes optimizer, loss and metrics itself"
+        )
+
+
+def _is_overridden(kind: type, name: str, package: str) -> bool:
+    """Whether a class outside of a package defines a method."""
+    definer = next((one for one in kind.__mro__ if name in vars(one)), kind)
+    return definer.__module__.partition(".")[0] != package
 
 
 def _check_has_end(

@@ -44,7 +44,8 @@ class EvaluateConfig:
     run_dir: str | None = flag(None, "Folder of the run.")
     checkpoint: str | None = flag(
         None,
-        "A step, or the path of a checkpoint or of a file of weights. Default: "
+        "A step, best (in --keep_best), or the path of a checkpoint or of a "
+        "file of weights. Default: "
         "the newest, or model.keras if it was written since.",
     )
     split: str = flag(

@@ -486,7 +486,8 @@ function show(value, unit, digits = 4) {
   if (size >= 1e9) return round(value / 1e9, digits) + "G" + tail;
   if (size >= 1e6) return round(value / 1e6, digits) + "M" + tail;
   if (size >= 1e4) return round(value / 1e3, digits) + "k" + tail;
-  if (size && size < 1e-3) return value.toExponential(digits > 3 ? 2 : 0);
+  if (size && size < 1e-3) return 
+    Number(value.toPrecision(3)).toExponential();
   return round(value, digits) + tail;
 }
 function clock(seconds) {

@@ -71,6 +71,8 @@ _OF_UPDATES = (
     "compilation_cache",
     "gradient_accumulation_steps",
 )
+# What earlier versions wrote for settings that nobody had given.
+_ONCE_DEFAULTS = {"max_rollbacks": 3, "rollback_factor": 0.5}
 _PACKAGES = ("tensorflow", "keras", "numpy", "tensorflow-datasets")
 
 
@@ -176,6 +178,7 @@ def settings_of(run_dir: str) -> TrainConfig:
     values: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in settings.items()
+        if (name, value) not in _ONCE_DEFAULTS.items()
     }
     known = TrainConfig.__dataclass_fields__
     unknown = [f"--{name}" for name in values if name not in known]

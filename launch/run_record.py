@@ -120,15 +120,29 @@ def is_less_better(field: str) -> bool:
 
 
 def read_runs(paths: Sequence[str]) -> list[RunRecord]:
-    """Reads the folders of runs.
+    """Reads the folders of runs; of a folder of such folders all of them.
 
     Raises:
         ConfigError: One is not there, or holds no run.
     """
+    found = [run for path in paths for run in _runs_in(path)]
     return [
         _read(path, name)
-        for path, name in zip(paths, _names(paths), strict=True)
+        for path, name in zip(found, _names(found), strict=True)
     ]
+
+
+def _runs_in(path: str) -> list[str]:
+    """The path, or the runs in that folder, if it is none itself."""
+    folder = pathlib.Path(path)
+    if _holds_run(folder) or not folder.is_dir():
+        return [path]
+    return [str(x) for x in sorted(folder.iterdir()) if _holds_run(x)] or [path]
+
+
+def _holds_run(folder: pathlib.Path) -> bool:
+    run_dir = RunDir(str(folder))
+    return run_dir.metrics.exists() or run_dir.config.exists()
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -143,7 +157,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 def _read(path: str, name: str) -> RunRecord:
     run_dir = RunDir(path)
-    if not (run_dir.metrics.exists() or run_dir.config.exists()):
+    if not _holds_run(run_dir.path):
         raise ConfigError(
             f"{path} holds no run: there is neither metrics.jsonl nor "
             "config.json; pass the --run_dir of launch.train."

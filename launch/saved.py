@@ -66,8 +66,9 @@ def weights_of(config: TrainConfig, which: str | None) -> str:
 
     Args:
         config: Of the run.
-        which: A step, a path, or None: the newest checkpoint, or model.keras
-            if the run has written it since (with --ema it holds averages).
+        which: A step, a path, "best" (in --keep_best), or None: the newest
+            checkpoint, or model.keras if the run has written it since (with
+            --ema it holds averages).
 
     Raises:
         ConfigError: There is none.
@@ -75,6 +76,8 @@ def weights_of(config: TrainConfig, which: str | None) -> str:
     from dist_amp.checkpoint import whole_manifests
 
     run_dir = RunDir(config.directory, config.checkpoint_dir)
+    if which == "best":
+        return _best(config, run_dir.checkpoints)
     if which is not None:
         try:
             return path_of(run_dir.checkpoints, which)
@@ -91,6 +94,26 @@ def weights_of(config: TrainConfig, which: str | None) -> str:
             "model.keras: nothing was saved yet."
         )
     return found[-1][0]
+
+
+def _best(config: TrainConfig, directory: str) -> str:
+    from dist_amp.checkpoint import SavePolicy, whole_manifests
+    from launch.run_record import is_less_better
+
+    name = config.keep_best
+    if name is None:
+        raise ConfigError(
+            "--checkpoint=best: the run had no --keep_best; name a step."
+        )
+    mode = "min" if is_less_better(name) else "max"
+    found = whole_manifests(directory)
+    best = SavePolicy(keep_best=name, mode=mode).best(found.values())
+    paths = [path for path, manifest in found.items() if manifest == best]
+    if not paths:
+        raise ConfigError(
+            f"--checkpoint=best: no checkpoint in {directory} has {name}."
+        )
+    return paths[0]
 
 
 def load(trainer: Any, config: TrainConfig, source: str) -> None:

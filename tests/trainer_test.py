@@ -482,5 +482,41 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     )
 
 
+class HasOwnStep(keras.Sequential):
+    """Trains itself, as Keras' documentation shows."""
+
+    def train_step(self, data):
+        return {}
+
+
+def make_own():
+    return HasOwnStep(
+        [keras.Input((support.NUM_FEATURES,)), keras.layers.Dense(3)]
+    )
+
+
+def test_a_step_of_the_models_own_is_not_ignored():
+    with pytest.raises(ValueError, match=r"HasOwnStep\.train_step would be"):
+        support.make_trainer(make_own)
+
+    class Moved(dist_amp.Trainer):
+        def train_step(self, batch):
+            self.metrics.update(batch, tf.constant(0.0), batch.y)
+
+    with dist_amp.scope(support.make_strategy(1), "float32"):
+        model, optimizer = make_own(), support.make_sgd()
+    Moved(model, optimizer)
+
+
+def test_what_compile_was_given_is_told_to_be_ignored(caplog):
+    def make_compiled():
+        model = support.make_mlp()
+        model.compile(loss="mse")
+        return model
+
+    support.make_trainer(make_compiled)
+    assert "what `compile` was given does not count" in caplog.text
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__]))

@@ -9,11 +9,11 @@ import pytest
 
 from dist_amp import data, storage
 from dist_amp.datasets import cifar10, imagenet, text, tokens
-from launch import build, evaluate, hardware, inputs, observers
+from launch import build, evaluate, hardware, inputs, observers, saved
 from launch.config import ConfigError, TrainConfig
 from launch.evaluate import EvaluateConfig
 from launch.imported import takes_none
-from launch.run_dir import RunDir, settings_to_infer
+from launch.run_dir import RunDir, settings_of, settings_to_infer
 from tests import support
 
 NAME = "tests.launch.evaluate_test"
@@ -48,6 +48,7 @@ def train(folder, epochs, *, is_finished=True, **settings):
             data.train,
             epochs=config.num_epochs,
             checkpoint_dir=run_dir.checkpoints,
+            save_policy=build.save_policy(config),
             verbose=0,
         )
         if is_finished:
@@ -89,6 +90,24 @@ def test_a_step_of_the_run_and_another_split(trained, capsys):
     assert evaluate.evaluate(config) == 0
     told = capsys.readouterr().out
     assert told.startswith(f"{folder}/checkpoints/ckpt-3: --split=train")
+
+
+def test_the_best_checkpoint_is_the_one_that_was_kept(tmp_path, capsys):
+    train(tmp_path, 2, keep_best="loss")
+    config = EvaluateConfig(run_dir=str(tmp_path), checkpoint="best")
+    assert evaluate.evaluate(config) == 0
+    assert "/ckpt-6: " in capsys.readouterr().out  # the loss falls
+    with pytest.raises(ConfigError, match="the run had no --keep_best"):
+        saved.weights_of(TrainConfig(run_dir=str(tmp_path)), "best")
+
+
+def test_a_run_of_an_earlier_version_has_its_defaults(tmp_path):
+    RunDir(str(tmp_path)).write_config(TrainConfig(), precision="float32")
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    content["settings"] |= {"max_rollbacks": 3, "rollback_factor": 0.5}
+    path.write_text(json.dumps(content))
+    assert settings_of(str(tmp_path)) == TrainConfig(run_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +256,6 @@ def test_it_waits_for_a_run_that_is_to_begin(tmp_path, capsys):
 
 def test_layers_that_were_pinned_are_pinned_again(tmp_path):
     """A checkpoint of auto_layers is of a model with layers in float32."""
-    from launch import saved
 
     settings = {"model": f"{NAME}:make_steep", "precision": "auto_layers"}
     config = TrainConfig(

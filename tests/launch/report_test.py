@@ -163,6 +163,14 @@ def test_the_page_needs_nothing_beside_itself(tmp_path, two_runs):
     assert 'name="viewport"' in page.text
 
 
+def test_a_folder_of_runs_is_all_of_them(tmp_path):
+    for name in ("b", "a"):
+        make_run(tmp_path / "runs" / name, 1)
+    (tmp_path / "runs" / "other").mkdir()
+    page = make_page(tmp_path, str(tmp_path / "runs"))
+    assert [run["name"] for run in page.data["runs"]] == ["a", "b"]
+
+
 @pytest.mark.parametrize("text", ["", "[]", '{"settings": null}', "{"])
 def test_damaged_settings_are_told(tmp_path, capsys, text):
     path = make_run(tmp_path / "run", 1)
