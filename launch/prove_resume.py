@@ -17,6 +17,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -108,8 +109,13 @@ def _prove(train_flags: list[str]) -> int:
     print(next(x for x in log.splitlines() if x.startswith("resumed from")))
     outcome = _compare(straight, parts, 2 * n, is_exact=not onto)
     print("\n".join(outcome.lines))
-    print("PROVED" if outcome.is_equal else f"NOT PROVED; see {folder}")
-    return 0 if outcome.is_equal else 1
+    if not outcome.is_equal:
+        print(f"NOT PROVED; see {folder}")
+        return 1
+    if not flags.FLAGS.run_dir:
+        shutil.rmtree(folder)
+    print("PROVED")
+    return 0
 
 
 def _defaults(train_flags: Sequence[str], n: int) -> list[str]:
