@@ -1,5 +1,6 @@
 """The certificate: wrong trainings are caught and named, right ones pass."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -822,6 +823,16 @@ def test_a_bias_before_batch_norm_has_a_gradient_of_rounding_only():
     assert ("gradient", "kernel") in compared(
         [kernel * 1.001, small], [kernel, small]
     )
+
+
+def test_one_device_beside_one_is_not_blamed_on_replicas(monkeypatch):
+    tight = dataclasses.replace(difference.TOLERANCES["float32"], gradient=1e-9)
+    monkeypatch.setitem(difference.TOLERANCES, "float32", tight)
+    certificate = certify(make_convnet, dataset=images(), suites=["xla"])
+    one, *_ = certificate.cases
+    assert one.name == "1 device, XLA"
+    assert "(gradient)" in one.first_variable
+    assert one.cause.startswith("unknown: the first gradient to differ")
 
 
 def test_a_restart_gives_the_same_bits_on_cpus_only():
