@@ -62,7 +62,8 @@ def explain(
         found: What is beyond its tolerance in it, in order.
         batches: Of that update.
     """
-    rules = (
+    of_any_devices = (lambda: _random(reference, batches[0]),)
+    of_replicas = (
         lambda: _setting(found),
         lambda: _replicas(found, reference),
         lambda: _states(found, reference),
@@ -70,14 +71,15 @@ def explain(
         lambda: _extras(found),
         lambda: _told_loss(found),
         lambda: _metrics(found),
-        lambda: _random(reference, batches[0]),
+        *of_any_devices,
         lambda: _mixing(reference, batches[0]),
         lambda: _mixing_loss(reference, batches[0]),
         lambda: _ratio(subject, records),
         lambda: _code(subject),
         lambda: _partial(subject, batches, found),
     )
-    for rule in rules:
+    is_split = subject.variation.num_replicas > 1
+    for rule in of_replicas if is_split else of_any_devices:
         try:
             with tf.device(reference.parts.devices[0]):
                 cause = rule()
@@ -186,7 +188,7 @@ def _metrics(found: Sequence[Difference]) -> str | None:
 
 def _of_batch_norm(layer: keras.layers.BatchNormalization) -> str:
     return (
-        f"BatchNormalization without synchronized=True ({layer.path}): "
+        f"BatchNormalization without synchronized=True ({_name_of(layer)}): "
         "statistics are per replica"
     )
 
@@ -212,7 +214,7 @@ def _mixing(reference: Subject, batch: Any) -> str | None:
     if isinstance(layer, keras.layers.BatchNormalization):
         return None if layer.synchronized else _of_batch_norm(layer)
     return (
-        f"layer {layer.path} mixes the examples of a batch, of which a "
+        f"layer {_name_of(layer)} mixes the examples of a batch, of which a "
         "replica has a part: compute over one example, or all-reduce what is "
         "computed over the batch"
     )
@@ -328,19 +330,53 @@ def _random(reference: Subject, batch: Any) -> str | None:
     """A layer that makes two things of one batch."""
     x = _inputs(batch)
     size = len(tf.nest.flatten(x)[0])
+    before = _plain_state(reference.trainer.model)
     run, again = _runs(reference, x, x)
     layer = _first_that_differs(run, again, (size, size))
     if layer is None:
         return None
+    after = _plain_state(reference.trainer.model)[id(layer)]
+    changed = [k for k, v in after.items() if before[id(layer)].get(k) != v]
+    if changed:
+        return (
+            f"`call` of layer {_name_of(layer)} changes an attribute of "
+            f"Python's ({', '.join(changed)}), which a compiled step does only "
+            "while it is traced, once for each replica: keep it in a variable "
+            "(`add_weight(trainable=False)`)"
+        )
     if random_state.variables_of_layer(layer):
         return (
-            f"layer {layer.path} draws random numbers, other ones on each "
+            f"layer {_name_of(layer)} draws random numbers, other ones on each "
             "replica, as it should: verify the model without it"
         )
     return (
-        f"layer {layer.path} draws random numbers that no seed fixes, so that "
-        "no two runs are alike: give it a keras.random.SeedGenerator"
+        f"layer {_name_of(layer)} makes two things of one input: it draws "
+        "random numbers that no seed fixes (give it a "
+        "keras.random.SeedGenerator), or depends on what Python keeps outside "
+        "it, as a global counter (keep that in a variable)"
     )
+
+
+def _plain_state(model: keras.Model) -> dict[int, dict[str, str]]:
+    """What each layer keeps in attributes that are no variables."""
+    return {
+        id(layer): {
+            name: repr(value)
+            for name, value in vars(layer).items()
+            if isinstance(value, _PLAIN) and not name.startswith(_OF_KERAS)
+        }
+        for layer in layers_of(model)
+    }
+
+
+# Of Python; Keras keeps notes of its calls in such, too.
+_PLAIN = (bool, int, float, str, tuple)
+_OF_KERAS = ("_called", "_call_", "_losses", "_inbound")
+
+
+def _name_of(layer: keras.layers.Layer) -> str:
+    """One that was built when it was made has no path."""
+    return layer.path or layer.name
 
 
 # ------------------------------------------------------------- the gradients
@@ -349,6 +385,8 @@ def _random(reference: Subject, batch: Any) -> str | None:
 def _ratio(subject: Subject, records: tuple[Record, Record]) -> str | None:
     """Gradients that are a multiple of what they should be."""
     number = subject.variation.num_replicas
+    if number < 2:
+        return None
     ratios = list(_ratios(*records))
     if not ratios or np.ptp(ratios) > 0.02 * np.max(np.abs(ratios)):
         return None
@@ -356,13 +394,13 @@ def _ratio(subject: Subject, records: tuple[Record, Record]) -> str | None:
     if abs(ratio / number - 1) < 0.05:
         return (
             f"gradients are {number} times too large on {number} replicas: "
-            f"{_where(subject)} divides by the local batch (a mean), and they "
+            f"{where(subject)} divides by the local batch (a mean), and they "
             "are summed; take the sum weighted by `batch.weight`"
         )
     if abs(ratio * number - 1) < 0.05:
         return (
             f"gradients are {number} times too small on {number} replicas: "
-            f"{_where(subject)} divides by the number of replicas a second "
+            f"{where(subject)} divides by the number of replicas a second "
             "time"
         )
     return None
@@ -384,7 +422,7 @@ def _ratios(record: Record, reference: Record) -> Iterator[float]:
 
 def _code(subject: Subject) -> str | None:
     """What stands in an overridden step."""
-    for name in _overridden(subject):
+    for name in overridden(subject):
         function = getattr(type(subject.trainer), name)
         try:
             lines, first = inspect.getsourcelines(function)
@@ -410,7 +448,7 @@ def _partial(
         return None
     return (
         f"a batch of {sizes[0]} examples on {number} replicas is weighted "
-        f"wrongly: {_where(subject)} averages over each replica's slice, whose "
+        f"wrongly: {where(subject)} averages over each replica's slice, whose "
         "sizes differ; take the sum weighted by `batch.weight`"
     )
 
@@ -441,14 +479,22 @@ _NEAR = 4.0
 
 def of_missing_scale(subject: Subject) -> str:
     """The cause, where `lacks_loss_scale` says so."""
+    if subject.scales_loss:
+        return (
+            "gradients are smaller, by the loss scale or near it: "
+            f"{where(subject)} clips or divides gradients that are multiplied "
+            "by the loss scale still: do it in the optimizer "
+            "(global_clipnorm=...), which divides them by the scale before"
+        )
     return (
-        f"{_where(subject)} does not scale the loss, and the optimizer divides "
+        f"{where(subject)} does not scale the loss, and the optimizer divides "
         "gradients by the loss scale: differentiate "
         "`self.optimizer.scale_loss(loss)`"
     )
 
 
-def _overridden(subject: Subject) -> list[str]:
+def overridden(subject: Subject) -> list[str]:
+    """Which of the steps of `Trainer` the user's class has of its own."""
     kind = type(subject.trainer)
     return [
         name
@@ -457,6 +503,7 @@ def _overridden(subject: Subject) -> list[str]:
     ]
 
 
-def _where(subject: Subject) -> str:
-    names = _overridden(subject)
+def where(subject: Subject) -> str:
+    """What of a training makes the loss."""
+    names = overridden(subject)
     return f"your `{names[0]}`" if names else "the loss"

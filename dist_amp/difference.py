@@ -36,7 +36,7 @@ class Tolerance:
 
 TOLERANCES = {
     "float32": Tolerance(
-        loss=1e-5, gradient=1e-4, update=1e-3, state=1e-4, noise=0.05
+        loss=1e-5, gradient=1e-4, update=1e-3, state=1e-4, noise=0.5
     ),
     "float16": Tolerance(
         loss=2e-3, gradient=8e-2, update=0.2, state=5e-3, noise=0.1, flips=0.05

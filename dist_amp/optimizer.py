@@ -608,6 +608,7 @@ class LossScaleOptimizer(
         )
         self.rule = rule
         self.initial_scale = initial_scale
+        self.has_scaled_loss = False  # a step that was traced, or run
         # Keras reads this name; ours is `growth_interval`.
         self.dynamic_growth_steps = growth_interval
 
@@ -639,6 +640,7 @@ class LossScaleOptimizer(
 
     def scale_loss(self, loss: tf.Tensor) -> tf.Tensor:
         """`loss * loss_scale`, to be differentiated."""
+        self.has_scaled_loss = True
         return loss * tf.cast(self.loss_scale, loss.dtype)
 
     def lower_loss_scale(self, factor: float) -> None:

@@ -23,8 +23,11 @@ def variables_of(model: keras.Model) -> list[keras.Variable | tf.Variable]:
 
 def variables_of_layer(layer: keras.layers.Layer) -> list[Any]:
     """Those of `variables_of` that a layer has itself."""
-    own = getattr(layer, "seed_generator", None)
-    states = [own.state] if own is not None else []
+    states = [
+        value.state  # of any name: Keras' augmentation says `generator`
+        for value in vars(layer).values()
+        if isinstance(value, keras.random.SeedGenerator)
+    ]
     return [*states, *optimizer_lib.generator_states_of(layer)]
 
 

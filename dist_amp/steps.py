@@ -4,6 +4,7 @@
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -22,6 +23,8 @@ from dist_amp.optimizer import (
     moving_statistics,
 )
 from dist_amp.stream import no_examples
+
+_log = logging.getLogger(__name__)
 
 # AutoGraph takes a tenth of a second a function to read code that has nothing
 # for it.
@@ -55,6 +58,7 @@ class Steps:
         self.loss = _resolve_loss(loss)
         self.strategy = strategy
         self.jit_compile = jit_compile
+        self._has_warned = False  # of a loss that is not scaled
         self.replica_ids = _local_replica_ids(strategy)
         if strategy_lib.num_workers(strategy) > 1 and stopwatch.is_allowed():
             first = self.replica_ids[0]
@@ -395,9 +399,24 @@ class Steps:
             padding.heeded(padding.weights_of_rows(batch)),
         ):
             self.train_step(batch)
+        self._warn_of_no_scale()
         if statistics:
             skipped = tf.convert_to_tensor(self.optimizer.skipped_updates)
             _settle(statistics, before, batch, skipped > skipped_before)
+
+    def _warn_of_no_scale(self) -> None:
+        """Once, when a step is traced that does without the loss scale."""
+        optimizer = self.optimizer
+        if not isinstance(optimizer, LossScaleOptimizer):
+            return
+        if not optimizer.has_scaled_loss and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "%s.train_step never called `self.optimizer.scale_loss`, and "
+                "the optimizer divides gradients by the loss scale: "
+                "differentiate `self.optimizer.scale_loss(loss)`.",
+                type(self).__name__,
+            )
 
     def _test_replica(self, batch: Batch) -> None:
         with fused.kernels():

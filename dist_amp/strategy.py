@@ -186,9 +186,16 @@ def use_logical_cpus(number: int) -> list[str]:
         RuntimeError: TensorFlow has initialized its devices already.
     """
     cpu = tf.config.list_physical_devices("CPU")[0]
-    tf.config.set_logical_device_configuration(
-        cpu, [tf.config.LogicalDeviceConfiguration()] * number
-    )
+    try:
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * number
+        )
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"`use_logical_cpus({number})` comes too late: TensorFlow has "
+            "initialized its devices, as the first tensor does. Call it before "
+            "anything else, in a new process."
+        ) from error
     return [f"CPU:{index}" for index in range(number)]
 
 

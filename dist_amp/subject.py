@@ -121,8 +121,8 @@ class Record:
 class Subject:
     """A trainer whose every update is recorded.
 
-    Random layers of Keras that drop out or add noise are turned off: each
-    replica draws its own numbers, as it should.
+    Random layers of Keras that drop out, add noise or augment are turned off:
+    each replica draws its own numbers, as it should.
 
     Args:
         parts: What it is made of.
@@ -157,6 +157,8 @@ class Subject:
             metrics=parts.metrics,
             jit_compile=variation.jit_compile,
         )
+        self.scales_loss = False
+        self._watch_scale()
         self._overflow = self._watch_apply() if variation.overflows else None
         self.trainer.build(self.dataset([]))
         self.turned_off = turn_off_noise(self.trainer.model)
@@ -336,6 +338,16 @@ class Subject:
         optimizer._update = watched  # type: ignore
         return [probes[id(variable)] for variable in variables]
 
+    def _watch_scale(self) -> None:
+        """Notes in `scales_loss` whether a step that is traced scales."""
+        scale_loss = self.trainer.optimizer.scale_loss
+
+        def watched(loss: tf.Tensor) -> tf.Tensor:
+            self.scales_loss = True
+            return scale_loss(loss)
+
+        self.trainer.optimizer.scale_loss = watched  # type: ignore
+
     def _watch_apply(self) -> tf.Variable:
         """Makes the last replica's gradients infinite while the flag is 1."""
         optimizer = self.trainer.optimizer
@@ -365,7 +377,17 @@ def find_devices(num_replicas: int) -> list[str]:
     found = strategy_lib.find_devices()
     if found[0].startswith("GPU") and len(found) >= num_replicas:
         return found[:num_replicas]
-    return strategy_lib.find_devices([f"CPU:{i}" for i in range(num_replicas)])
+    try:
+        return strategy_lib.find_devices(
+            [f"CPU:{i}" for i in range(num_replicas)]
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"{num_replicas} replicas need as many devices of one kind on this "
+            "host. For logical CPUs call `dist_amp.strategy.use_logical_cpus("
+            f"{num_replicas})` in a new process before anything else touches "
+            f"TensorFlow. Received {len(found)}: {', '.join(found)}."
+        ) from error
 
 
 def make_strategy(devices: Sequence[str]) -> tf.distribute.Strategy:
@@ -382,6 +404,8 @@ def path_of(variable: Any) -> str:
 def turn_off_noise(model: keras.Model) -> list[str]:
     """Sets rates of dropout and standard deviations of noise to 0.
 
+    Augmentation does what it does in inference: nothing, or a central crop.
+
     Returns:
         Paths of the layers that had any.
     """
@@ -394,7 +418,20 @@ def turn_off_noise(model: keras.Model) -> list[str]:
             if isinstance(value, float) and value:
                 setattr(layer, name, 0.0)
                 found.append(tree.path_of(layer))
+        if isinstance(vars(layer).get("generator"), keras.random.SeedGenerator):
+            _call_in_inference(layer)
+            found.append(tree.path_of(layer))
     return list(dict.fromkeys(found))
+
+
+def _call_in_inference(layer: keras.layers.Layer) -> None:
+    """Augmentation has no rate that would turn it off."""
+    call = layer.call
+
+    def called(inputs: Any, *_: Any, **named: Any) -> Any:
+        return call(inputs, **{**named, "training": False})
+
+    layer.call = called
 
 
 # States of random generators, as Keras and TensorFlow name them.

@@ -76,15 +76,17 @@ def verify(
     num_replicas: Sequence[int] = (2, 4),
     suites: Sequence[str] = SUITES,
     seed: int = 0,
+    on_case: Callable[[Case], None] | None = None,
 ) -> Certificate:
     """Proves on this host that a model trains alike on any number of replicas.
 
     Compares losses, gradients, variables and metrics of one device with those
     of several replicas, with full and smaller batches, an overflow on one
     replica, accumulated gradients, XLA, after a restart from a checkpoint, and
-    in the precision against float32. Dropout and noise are turned off: each
-    replica draws its own. The replicas are on GPUs if there are enough for the
-    largest number, else all of them on CPUs, the one device as well.
+    in the precision against float32. Dropout, noise and Keras' augmentation are
+    turned off: each replica draws its own. The replicas are on GPUs if there
+    are enough for the largest number, else all of them on CPUs, the one device
+    as well.
 
     Args:
         model_fn: Makes the model; called in each scope.
@@ -102,6 +104,7 @@ def verify(
         num_replicas: Replicas.
         suites: Which comparisons to make, out of `SUITES`.
         seed: Of the weights.
+        on_case: Called with each case as it ends.
 
     Returns:
         The `Certificate`; print it.
@@ -154,7 +157,7 @@ def verify(
     try:
         with precision_lib.keep_rewrites():
             examiner = _Examiner(parts, dataset, num_steps, tuple(num_replicas))
-            cases = tuple(examiner.cases(suites))
+            cases = tuple(_told(examiner.cases(suites), on_case))
     finally:
         random_state.write_host(before)
     return Certificate(
@@ -166,6 +169,34 @@ def verify(
         notes=tuple(examiner.notes),
         left_out=tuple(examiner.left_out),
     )
+
+
+def num_cases(suites: Sequence[str], num_replicas: Sequence[int]) -> int:
+    """How many cases `verify` makes at most.
+
+    Args:
+        suites: As in `verify`.
+        num_replicas: As in `verify`.
+    """
+    number = len(num_replicas)
+    made = {
+        "replicas": 2 * (1 + number),
+        "overflow": number,
+        "accumulation": number,
+        "xla": 2,
+        "restart": 1,
+        "precision": 1,
+    }
+    return sum(made[name] for name in set(suites))
+
+
+def _told(
+    cases: Iterator[Case], on_case: Callable[[Case], None] | None
+) -> Iterator[Case]:
+    for case in cases:
+        if on_case is not None:
+            on_case(case)
+        yield case
 
 
 class _Examiner:
@@ -426,10 +457,20 @@ class _Examiner:
             for one in comparisons:
                 if not one.has_failed:
                     one.take(step, batches, (state, wanted), overflows=is_hit)
+        self._note_scale(reference)
         for one in comparisons:
             self.notes += one.notes()
             is_over = not num_applied or skips == MAX_SKIPS_AT_FLOOR - 1
             yield _nothing(one.case()) if is_over else one.case()
+
+    def _note_scale(self, subject: Subject) -> None:
+        """What another precision would show, once."""
+        note = (
+            f"{causes.where(subject)} never called `optimizer.scale_loss`: in "
+            "float16 it would train without a loss scale"
+        )
+        if not subject.scales_loss and note not in self.notes:
+            self.notes.append(note)
 
 
 def _failed(case: Case, step: int, what: str | None, cause: str) -> Case:

@@ -5,7 +5,8 @@ and losses, gradients, variables and metrics are compared: with full and smaller
 batches, with an overflow on one replica, with accumulated gradients,
 under XLA, after a save and a restore, and in the precision against float32.
 What differs is named, with the first update, the first variable and the usual
-cause. No GPU is needed. Writes verify.json.
+cause. No GPU is needed. Writes
+verify.json, and tells on standard error where, and each case as it ends.
 
   python -m launch.verify --model=my_package.models:build --dataset=mnist
   python -m launch.verify --precision=mixed_float16 --suites=replicas,overflow
@@ -166,6 +167,12 @@ def main(argv: list[str]) -> int:
         return 2
 
 
+def _tell(case: Any) -> None:
+    """A line as each case ends."""
+    verdict = "equal" if case.passed else "DIFFERS"
+    print(f"{case.name}: {verdict}", file=sys.stderr, flush=True)
+
+
 def verify(config: VerifyConfig) -> int:
     """Makes the certificate, prints it, writes it; see `main`."""
     with quiet_start():
@@ -173,12 +180,19 @@ def verify(config: VerifyConfig) -> int:
 
         import dist_amp
         from dist_amp import strategy
+        from dist_amp.verify import num_cases
         from launch import inputs, models, updates
 
         # Which takes the same function of many trainers for one retraced.
         tf.get_logger().setLevel("ERROR")
         strategy.use_logical_cpus(max(config.replicas))
         strategy.find_devices()  # which initializes them
+    number = num_cases(config.suites, config.replicas)
+    print(
+        f"up to {number} cases of {config.num_steps} updates, on 1 device and "
+        f"on {', '.join(config.num_replicas)} replicas",
+        file=sys.stderr,
+    )
     with contextlib.redirect_stdout(sys.stderr):  # TFDS tells what it prepares
         data = inputs.load_data(config)
     # On one device, too: fused batch norm rounds otherwise.
@@ -200,9 +214,12 @@ def verify(config: VerifyConfig) -> int:
             num_replicas=config.replicas,
             suites=config.suites,
             seed=config.seed,
+            on_case=_tell,
         )
-    pathlib.Path(config.json).write_text(certificate.as_json())
+    path = pathlib.Path(config.json)
+    path.write_text(certificate.as_json())
     print(certificate)
+    print(f"wrote {path.absolute()}", file=sys.stderr)
     return 0 if certificate.passed else 1
 
 

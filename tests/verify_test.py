@@ -1,5 +1,6 @@
 """The certificate: wrong trainings are caught and named, right ones pass."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -11,10 +12,10 @@ import pytest
 import tensorflow as tf
 
 import dist_amp
-from dist_amp import difference, subject
+from dist_amp import difference, random_state, subject
 from dist_amp import strategy as strategy_lib
 from dist_amp.certificate import Case, Certificate
-from dist_amp.verify import SUITES, restart_tolerance
+from dist_amp.verify import SUITES, num_cases, restart_tolerance
 from tests import support
 
 F, C = support.NUM_FEATURES, support.NUM_CLASSES
@@ -232,6 +233,34 @@ class Jitters(layers.Layer):
         return inputs + noise
 
 
+class Counts(layers.Layer):
+    """Its factor is another one in every trace."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def call(self, inputs):
+        self.calls += 1
+        return inputs * (1.0 + 0.1 * self.calls)
+
+
+class BuiltCenters(Centers):
+    """Keras gives it no path."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.built = True
+
+
+class ClipsScaled(Overridden):
+    """Clips what is multiplied by the loss scale."""
+
+    def update(self, gradients, variables):
+        gradients, _ = tf.clip_by_global_norm(gradients, 1e-3)
+        self.optimizer.apply(gradients, variables)
+
+
 class Speaks(layers.Layer):
     def call(self, inputs):
         text = tf.strings.length(tf.strings.as_string(inputs))
@@ -338,13 +367,29 @@ WRONG = {
         {"make_model": lambda: around(Centers(name="centers"))},
         "layer .*centers mixes the examples of a batch",
     ),
+    "mixes examples, built at once": (
+        {"make_model": lambda: around(BuiltCenters(name="at_once"))},
+        "layer at_once mixes the examples of a batch",
+    ),
+    "counts in Python": (
+        {"make_model": lambda: around(Counts())},
+        r"`call` of layer .*counts.* changes an attribute .*\(calls\)",
+    ),
+    "clipped before the scale is divided out": (
+        {
+            "trainer": ClipsScaled,
+            "precision": "mixed_float16",
+            "suites": ["precision"],
+        },
+        "your `train_step` clips or divides gradients that are multiplied",
+    ),
     "state of a slice": (
         {"make_model": lambda: around(RemembersItsSlice(name="memory"))},
         "memory/mean is .* each replica's own slice",
     ),
     "noise without a seed": (
         {"make_model": lambda: around(Noise())},
-        "random numbers",
+        "random numbers that no seed fixes.*or depends on what Python keeps",
     ),
     "noise with a seed": (
         {"make_model": lambda: around(Jitters())},
@@ -454,6 +499,18 @@ def make_convnet():
     )
 
 
+def make_augmented():
+    return keras.Sequential(
+        [
+            keras.Input((6, 6, 2)),
+            layers.RandomFlip("horizontal", name="flip"),
+            layers.RandomTranslation(0.2, 0.2, name="shift"),
+            layers.Flatten(),
+            layers.Dense(C, dtype="float32"),
+        ]
+    )
+
+
 def make_transformer():
     inputs = keras.Input((5,), dtype="int32")
     x = layers.Embedding(11, 8)(inputs)
@@ -491,6 +548,16 @@ def make_shared():
     shared = layers.Dense(4, activation="tanh")
     x = layers.Concatenate()([shared(left), shared(right)])
     return keras.Model([left, right], layers.Dense(C, dtype="float32")(x))
+
+
+class ForgetsScale(Overridden):
+    def train_step(self, batch):
+        with tf.GradientTape() as tape:
+            predictions = self.model(batch.x, training=True)
+            loss = self.compute_loss(batch, predictions)
+        variables = self.model.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, variables), variables)
+        self.metrics.update(batch, loss, predictions)
 
 
 class Tempered(Overridden):
@@ -547,6 +614,17 @@ RIGHT = {
         "dataset": images,
         "optimizer_fn": keras.optimizers.Adam,
         "num_replicas": [4],
+    },
+    "augmented": {
+        "make_model": make_augmented,
+        "dataset": images,
+        "told": "turned off: flip, shift",
+    },
+    "a loss that only float16 would have to scale": {
+        "trainer": ForgetsScale,
+        "precision": "mixed_bfloat16",
+        "suites": ["replicas", "precision"],
+        "told": "`train_step` never called `optimizer.scale_loss`: in float16",
     },
     "transformer with dropout": {
         "make_model": make_transformer,
@@ -627,7 +705,9 @@ def test_where_nothing_was_compared_nothing_is_proved():
 
 
 def test_every_suite_has_its_cases():
+    told = []
     certificate = certify(
+        on_case=told.append,
         suites=SUITES,
         num_steps=2,
         precision="mixed_bfloat16",
@@ -648,6 +728,9 @@ def test_every_suite_has_its_cases():
         "2 replicas, after a save and a restore",
         "losses in bfloat16 and in float32",
     ]
+    assert told == list(certificate.cases)
+    assert len(names) == num_cases(SUITES, [2])
+    assert not certificate.notes[1:]  # but of the overflow
 
 
 def test_what_cannot_be_compared_is_left_out_and_told():
@@ -695,6 +778,63 @@ def test_rounding_may_change_the_class_of_an_example():
     assert is_beyond("float32", 0.625)
 
 
+def compared(gradients, others):
+    """What of some gradients is beyond the tolerance of float32."""
+
+    def record(arrays):
+        return subject.Record(
+            loss=1.0,
+            metrics={},
+            num_examples=8.0,
+            settings={},
+            gradients=arrays,
+            trainable=[[array] for array in arrays],
+            others=[],
+            optimizer=[],
+            extras=[],
+            is_skipped=False,
+        )
+
+    names = difference.Names(
+        trainable=["kernel", "bias"],
+        others=[],
+        optimizer=[],
+        owners=[],
+        extras=[],
+    )
+    found = difference.differences(
+        record(gradients),
+        record(others),
+        before=[np.zeros_like(array) for array in others],
+        names=names,
+        tolerance=difference.TOLERANCES["float32"],
+    )
+    return [(one.what, one.name) for one in found if one.is_beyond]
+
+
+def test_a_bias_before_batch_norm_has_a_gradient_of_rounding_only():
+    kernel, nothing = np.ones([40]), np.full([8], 1e-6)
+    # Seen: errors of up to 1e-5 of the mean size of all entries.
+    assert not compared([kernel, nothing + 1e-5], [kernel, nothing])
+    small = np.full([8], 1e-3)
+    assert compared([kernel, 2 * small], [kernel, small]) == [
+        ("gradient", "bias")
+    ]
+    assert ("gradient", "kernel") in compared(
+        [kernel * 1.001, small], [kernel, small]
+    )
+
+
+def test_one_device_beside_one_is_not_blamed_on_replicas(monkeypatch):
+    tight = dataclasses.replace(difference.TOLERANCES["float32"], gradient=1e-9)
+    monkeypatch.setitem(difference.TOLERANCES, "float32", tight)
+    certificate = certify(make_convnet, dataset=images(), suites=["xla"])
+    one, *_ = certificate.cases
+    assert one.name == "1 device, XLA"
+    assert "(gradient)" in one.first_variable
+    assert one.cause.startswith("unknown: the first gradient to differ")
+
+
 def test_a_restart_gives_the_same_bits_on_cpus_only():
     tolerance = difference.TOLERANCES["float32"]
     assert restart_tolerance(["CPU:0", "CPU:1"], tolerance) == 0
@@ -712,13 +852,46 @@ def test_a_loss_near_zero_may_differ_by_rounding():
     ("options", "told"),
     [
         ({"suites": ["replica"]}, "--suites"),
-        ({"num_replicas": [8]}, "--num_logical_cpus"),
+        ({"num_replicas": [8]}, r"use_logical_cpus\(8\)` in a new process"),
         ({"dataset": support.make_dataset(2, 2)}, "--global_batch_size"),
     ],
 )
 def test_wrong_arguments_are_told(options, told):
     with pytest.raises(ValueError, match=told):
         certify(**options)
+
+
+def test_devices_that_are_there_are_not_split_any_more():
+    with pytest.raises(RuntimeError, match=r"comes too late.*new process"):
+        strategy_lib.use_logical_cpus(8)
+
+
+def test_augmentation_draws_other_numbers_on_each_replica():
+    strategy = support.make_strategy(2)
+    with dist_amp.scope(strategy, "float32"):
+        model = make_augmented()
+        trainer = dist_amp.Trainer(
+            model, support.make_sgd(), loss=support.make_loss()
+        )
+    trainer.build(images())
+    flip = model.get_layer("flip")
+    (state,) = random_state.variables_of_layer(flip)
+    assert any(state is one for one in random_state.variables_of(model))
+    one, other = support.local_copies(state)
+    assert one[0] != other[0]
+
+
+@pytest.mark.parametrize(("kind", "number"), [(ForgetsScale, 1), (Tempered, 0)])
+def test_a_loss_that_is_not_scaled_is_told_once(kind, number, caplog):
+    options = {"temperature": 2.0} if kind is Tempered else {}
+    with dist_amp.scope(support.make_strategy(2), "mixed_float16"):
+        optimizer = dist_amp.LossScaleOptimizer(support.make_sgd())
+        trainer = kind(
+            support.make_mlp(), optimizer, loss=support.make_loss(), **options
+        )
+    trainer.trace(support.make_dataset())
+    told = [r for r in caplog.messages if "scale_loss" in r]
+    assert len(told) == number
 
 
 if __name__ == "__main__":

@@ -34,7 +34,12 @@ def test_the_tutorials_model_is_equivalent(tmp_path):
         "--num_replicas=2",
         "--suites=replicas,overflow",
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert done.returncode == 0, done.stderr
+    first, *cases, path = done.stderr.splitlines()
+    assert first == "up to 5 cases of 2 updates, on 1 device and on 2 replicas"
+    assert cases[1] == "2 replicas, full batches: equal"
+    assert len(cases) == 5
+    assert path == f"wrote {tmp_path / 'verify.json'}"
     *_, last = done.stdout.splitlines()
     assert last == "EQUIVALENT: 5 cases, 2 updates each, in mixed_float16"
     content = json.loads((tmp_path / "verify.json").read_text())
@@ -54,7 +59,8 @@ def test_a_difference_is_named_with_its_cause(tmp_path):
         "--suites=replicas",
         "--json=here.json",
     )
-    assert (done.returncode, done.stderr) == (1, "")
+    assert done.returncode == 1, done.stderr
+    assert "2 replicas, full batches: DIFFERS\n" in done.stderr
     assert "2 replicas, full batches         DIFFERS" in done.stdout
     assert "BatchNormalization without synchronized=True" in done.stdout
     content = json.loads((tmp_path / "here.json").read_text())
