@@ -115,4 +115,5 @@ def call_loss(
     new = examples - examples_before
     if new <= 0:
         return math.nan
-    return (mean * examples - mean_before * examples_before) / new
+    before = mean_before * examples_before if examples_before else 0.0
+    return (mean * examples - before) / new

@@ -844,7 +844,18 @@ class Trainer(Steps):
         return to_numbers(self.read_train_logs())
 
     def _explained(self, error: tf.errors.InvalidArgumentError) -> Exception:
-        """Adds the state of the input to the optimizer's last word."""
+        """In words: what a label was; why updates are skipped without end."""
+        label = re.search(
+            r"label value of (-?\d+) .* valid range of \[0, (\d+)\)",
+            error.message,
+        )
+        if label:
+            return ValueError(
+                f"A label is {label[1]}, and the model has {label[2]} outputs: "
+                "the loss (--loss) wants labels from 0, and one output for "
+                "each class. Give the last layer as many units as there are "
+                "classes, or predict numbers by 'mean_squared_error'."
+            )
         found = re.search(
             r"(\d+ updates in a row.*\)\.) Numbers .*?\[([\d ]+)\] \[(.*?)\]",
             error.message,

@@ -351,5 +351,9 @@ def test_a_policy_out_of_range_is_refused(options):
         RollbackPolicy(**options)
 
 
+def test_a_call_after_those_without_a_finite_loss_has_one():
+    assert call_loss(2.0, 8, float("nan"), 0) == 2.0
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__]))

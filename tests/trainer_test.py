@@ -482,5 +482,24 @@ def test_a_finished_run_is_not_trained_again(tmp_path):
     )
 
 
+def test_a_label_beyond_the_outputs_is_told_in_words():
+    x, y = support.make_arrays(16)
+    trainer = support.make_trainer()
+    with pytest.raises(ValueError, match="A label is 7, and the model has 3"):
+        fit(trainer, support.batched((x, y + 7 - y)))
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_the_mean_of_no_finite_loss_is_nan(num_replicas):
+    x, y = support.make_arrays(16)
+    trainer = support.make_trainer(
+        num_replicas=num_replicas, precision="mixed_float16"
+    )
+    dataset = support.batched((x + np.nan, y))
+    assert np.isnan(trainer.train_on(dataset, num_steps=2)["loss"])
+    history = trainer.fit(dataset, verbose=0).history
+    assert np.isnan(history["loss"]).all()
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__]))
