@@ -865,13 +865,14 @@ class Trainer(Steps):
         paths = found[3].split(", ")
         names = ", ".join(paths[int(number)] for number in found[2].split())
         inputs = int(self.metrics.counts()["nonfinite_inputs"])
-        last = self.optimizer.overflows.read().describe(
+        last = self.optimizer.overflows.read()
+        described = last.describe(
             self.replica_ids, self.strategy.num_replicas_in_sync
         )
         return FloatingPointError(
             f"{found[1]} Gradients that are not finite: {names} (after step "
-            f"{self.global_step}). The one before it was {last}. "
-            f"{blame(inputs)}"
+            f"{self.global_step}). The one before it was {described}. "
+            f"{blame(inputs, last.attempt + 1)}"
         )
 
     def _prepare_test(
