@@ -119,7 +119,8 @@ class Trainer(Steps):
                 "The model and the optimizer must be made in one scope. "
                 f"Received a model of {type(strategy).__name__} and an "
                 "optimizer of another strategy: make both within `with "
-                "dist_amp.scope(strategy, ...)`."
+                "dist_amp.scope(strategy, ...)`. Each call of `make_strategy` "
+                "makes another strategy: keep one."
             )
         with strategy.scope():
             optimizer = _wrapped(optimizer, model)
@@ -429,6 +430,7 @@ class Trainer(Steps):
             self.metrics.build(y, predictions)
         self._check_combinations(predictions)
         self._warn_of_odd_sizes()
+        self._warn_of_the_model(predictions)
         self.prepare_layers()
         self.spread_seeds()
         self._is_built = True
@@ -657,6 +659,26 @@ class Trainer(Steps):
                 "tensor cores are slow, or idle, where the units or filters "
                 "of a layer in half precision are no multiple of 8: %s",
                 ", ".join(f"{name} ({size})" for name, size in odd),
+            )
+
+    def _warn_of_the_model(self, predictions: Any) -> None:
+        """What it trains with, and would better not."""
+        if strategy_lib.task_index(self.strategy) != 0:
+            return
+        dtypes = {leaf.dtype.name for leaf in tf.nest.flatten(predictions)}
+        half = dtypes & {"float16", "bfloat16"}
+        if half:
+            _log.warning(
+                "the model's output is %s: give the last layer dtype="
+                '"float32"; softmax and loss want it',
+                " and ".join(sorted(half)),
+            )
+        apart = optimizer_lib.unsynchronized(self.model)
+        if apart and self.strategy.num_replicas_in_sync > 1:
+            _log.warning(
+                "batch norm %s: statistics are per replica: pass synchronized=True for "
+                "the same model on any number of replicas",
+                apart[0],
             )
 
     def _end(self, fit: Fit) -> None:

@@ -271,7 +271,8 @@ def describe_checkpoints(directory: str) -> str:
     """How many there are and what they weigh, for the last line of a run."""
     manifests = whole_manifests(directory).values()
     size = readable_size(sum(m.num_bytes for m in manifests))
-    return f"{len(manifests)} checkpoints, {size}"
+    number = len(manifests)
+    return f"{number} checkpoint{'' if number == 1 else 's'}, {size}"
 
 
 def save_model(trainer: dist_amp.Trainer, path: pathlib.Path) -> None:
