@@ -143,6 +143,7 @@ class Trainer(Steps):
                 strategy_lib.gather_workers, strategy
             )
         self._is_built = False
+        self._doubts: list[str] = []
         self.beacon = Beacon()
         self.report_dir: str | pathlib.Path | None = None
         self._stop = StopRequest(strategy, self.beacon)
@@ -230,6 +231,7 @@ class Trainer(Steps):
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._watched())
             self.build(dataset)
+            self._tell_doubts()
             policy = self._directed(save_policy or SavePolicy())
             self._check_best(policy, validation_data)
             self._check_recovery(dataset, checkpoint_dir, save_policy, rollback)
@@ -430,7 +432,7 @@ class Trainer(Steps):
             self.metrics.build(y, predictions)
         self._check_combinations(predictions)
         self._warn_of_odd_sizes()
-        self._warn_of_the_model(predictions)
+        self._doubts = list(self._doubts_of(predictions))
         self.prepare_layers()
         self.spread_seeds()
         self._is_built = True
@@ -661,25 +663,28 @@ class Trainer(Steps):
                 ", ".join(f"{name} ({size})" for name, size in odd),
             )
 
-    def _warn_of_the_model(self, predictions: Any) -> None:
+    def _doubts_of(self, predictions: Any) -> Iterator[str]:
         """What it trains with, and would better not."""
-        if strategy_lib.task_index(self.strategy) != 0:
-            return
-        dtypes = {leaf.dtype.name for leaf in tf.nest.flatten(predictions)}
-        half = dtypes & {"float16", "bfloat16"}
-        if half:
-            _log.warning(
-                "the model's output is %s: give the last layer dtype="
-                '"float32"; softmax and loss want it',
-                " and ".join(sorted(half)),
+        leaves = tf.nest.flatten(predictions)
+        dtypes = {one.dtype.name for one in leaves if hasattr(one, "dtype")}
+        for dtype in sorted(dtypes & {"float16", "bfloat16"}):
+            yield (
+                f"the model's output is {dtype}: give the last layer "
+                'dtype="float32"; softmax and loss want it'
             )
         apart = optimizer_lib.unsynchronized(self.model)
         if apart and self.strategy.num_replicas_in_sync > 1:
-            _log.warning(
-                "batch norm %s: statistics are per replica: pass synchronized=True for "
-                "the same model on any number of replicas",
-                apart[0],
+            yield (
+                f"batch norm {apart[0]}: statistics are per replica: pass "
+                "synchronized=True for the same model on any number of replicas"
             )
+
+    def _tell_doubts(self) -> None:
+        """Once, and only where it is trained: other programs look on."""
+        doubts, self._doubts = self._doubts, []
+        if strategy_lib.task_index(self.strategy) == 0:
+            for doubt in doubts:
+                _log.warning(doubt)
 
     def _end(self, fit: Fit) -> None:
         is_cut = bool(self._stop.reason) and not fit.is_finished

@@ -537,7 +537,7 @@ def test_a_model_to_doubt_is_told_once(
         precision=precision,
     )
     for _ in range(2):
-        trainer.build(support.make_dataset())
+        fit(trainer)
     records = [r for r in caplog.records if r.levelname == "WARNING"]
     found = [r.getMessage() for r in records if "tensor cores" not in r.msg]
     assert len(found) == len(told)
