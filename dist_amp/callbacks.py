@@ -30,6 +30,9 @@ TRAIN_ONLY = (
 )
 
 
+_COUNTS = ("skipped_updates", "rollbacks")
+
+
 class JsonLines(keras.callbacks.Callback):
     """Appends a line for "train" and one for "test" after each epoch.
 
@@ -74,8 +77,8 @@ class JsonLines(keras.callbacks.Callback):
             if key.startswith("val_")
         }
         logs |= self._measure()
-        if "skipped_updates" in logs:  # Keras makes floats of counts
-            logs["skipped_updates"] = int(logs["skipped_updates"])
+        for name in logs.keys() & set(_COUNTS):  # Keras makes floats of them
+            logs[name] = int(logs[name])
         logs = {k: v for k, v in logs.items() if not _is_unmeasured(k, v)}
         lines = [{**head, "split": "train", **logs, "time": time.time()}]
         if test:
@@ -296,15 +299,14 @@ class Progress(keras.callbacks.Callback):
             f"{step}/{total} {_bar(step, total)}" if total else f"step {step}"
         )
         rate = logs.get("steps_per_sec", math.nan)
+        speed = "" if math.isnan(rate) else f" {rate:.0f} steps/s"
         shown = [
             f"{name} {_short(value)}"
             for name, value in _loss_first(logs).items()
             if name == "loss_scale"
             or not (name in TRAIN_ONLY or name.startswith("val_"))
         ]
-        return f"epoch {self._epoch + 1} {done} {rate:.0f} steps/s " + (
-            " ".join(shown)
-        )
+        return " ".join([f"epoch {self._epoch + 1} {done}{speed}", *shown])
 
     def _show(self, line: str) -> None:
         if self._is_terminal:
@@ -327,6 +329,7 @@ def describe_epoch(epoch: int, logs: Mapping[str, float]) -> str:
         title = base.replace("_", " ").title()
         title = f"Test {title}" if name != base else title
         factor, digits = (100, 2) if "accuracy" in base else (1, 4)
+        digits = 0 if base in _COUNTS else digits
         numbers = value if isinstance(value, list) else [value]
         text = " ".join(f"{factor * number:.{digits}f}" for number in numbers)
         parts.append(f"{title}: {text}")

@@ -371,6 +371,12 @@ def input_spec(dataset: tf.data.Dataset) -> Any:
     return _unpack(spec if isinstance(spec, tuple) else (spec,))[0]
 
 
+def target_spec(dataset: tf.data.Dataset) -> Any:
+    """The same of the targets; None if there are none."""
+    spec = dataset.element_spec
+    return _unpack(spec if isinstance(spec, tuple) else (spec,))[1]
+
+
 def _unpack(element: Sequence[Any]) -> tuple[Any, Any, Any]:
     if len(element) > 3:
         raise ValueError(

@@ -17,7 +17,7 @@ from dist_amp.callback_state import CallbackStates
 from dist_amp.checkpoint import Checkpointer, Restored, SavePolicy
 from dist_amp.meter import Meter
 from dist_amp.metrics import to_numbers
-from dist_amp.overflow import Place, SkipReporter
+from dist_amp.overflow import Place, SkipReporter, advise
 from dist_amp.pace import Pace, Rates
 from dist_amp.profiler import Profiler
 from dist_amp.rollback import (
@@ -285,12 +285,13 @@ class Fit:
                 break
             self._measure(num_steps, counts=not is_first_call)
             self._judge(read, before, num_steps, per_step)
+            bad_inputs = _new_bad_inputs(read, before)
             before = read
             here = (self._stream.epoch, self._stream.batch)
             self._stream.advance(num_steps * per_step)
             position.step += num_steps
             if self._skips:
-                place = Place(*here, num_steps, per_step)
+                place = Place(*here, num_steps, per_step, bad_inputs)
                 self._skips.tell(read, position.step, place)
             self._heed_wire(read)
             self._beacon.at_step(position.step)
@@ -476,10 +477,9 @@ class Fit:
         """Raises `BlowUpError` if training must not go on after this call."""
         first = self._stream.batch
         place = {"first": first, "end": first + num_steps * per_step}
-        where = (
-            f"within steps {self.position.step + 1} to "
-            f"{self.position.step + num_steps} (epoch {self._stream.epoch + 1})"
-        )
+        step = self.position.step
+        steps = numbered("step", step, step + num_steps)
+        where = f"in {steps} (epoch {self._stream.epoch + 1})"
         is_exact = self._is_searching
         skips = isinstance(
             self._steps.optimizer, optimizer_lib.LossScaleOptimizer
@@ -556,7 +556,7 @@ class Fit:
         if rollbacks > policy.max_rollbacks:
             raise FloatingPointError(
                 f"{error} Training went back {policy.max_rollbacks} times "
-                "already (--max_rollbacks)."
+                f"already (--max_rollbacks).{_recurrence(bad)}"
             ) from error
         restored = checkpointer.restore(only_finite=True)
         if restored is None:
@@ -569,9 +569,9 @@ class Fit:
         what = "the batch that did it is searched for"
         if is_known:
             what = (
-                f"batches {error.first} to {error.end - 1} of epoch "
-                f"{epoch + 1} are passed over (rollback {rollbacks} of "
-                f"{policy.max_rollbacks})"
+                f"{numbered('batch', error.first, error.end)} of epoch "
+                f"{epoch + 1} {'is' if error.end - error.first == 1 else 'are'}"
+                f" passed over (rollback {rollbacks} of {policy.max_rollbacks})"
             )
         _log.warning("%s Back to step %d: %s.", error, restored.step, what)
 
@@ -584,17 +584,61 @@ class Fit:
             optimizer.lower_loss_scale(factor)
 
 
-def blame(bad_inputs: int) -> str:
-    """Whether the data or the model made a loss that is not finite."""
+def blame(bad_inputs: int, skipped_step: int | None = None) -> str:
+    """Whether the data or the model made a loss that is not finite.
+
+    Args:
+        bad_inputs: Slices of batches with such numbers.
+        skipped_step: A step that a loss scale skipped for it, if there is one.
+    """
     if bad_inputs:
+        slices, hold = "1 slice of a batch", "holds"
+        if bad_inputs > 1:
+            slices, hold = f"{bad_inputs} slices of batches", "hold"
         return (
-            f"The data is the cause: {bad_inputs} slices of batches since the "
-            "epoch began hold NaN or infinite numbers; clean the input."
+            f"The data is the cause: {slices} since the epoch began {hold} NaN "
+            "or infinite numbers; clean the input."
+        )
+    if skipped_step is None:
+        return (
+            "The input is finite, so the model or the learning rate is the "
+            "cause: try a lower learning rate, `global_clipnorm`, or float32."
         )
     return (
-        "The input is finite, so the model or the learning rate is the "
-        "cause: try a lower learning rate, `global_clipnorm`, or float32."
+        "The input is finite, so a layer beyond float16, or the learning rate, "
+        f"is the cause. {advise(skipped_step)} Else try a lower learning rate, "
+        "`global_clipnorm`, or float32."
     )
+
+
+def numbered(noun: str, first: int, end: int) -> str:
+    """As "batch 3" or "batches 3 to 5", from 1.
+
+    Args:
+        noun: "step" or "batch".
+        first: From 0.
+        end: The one after the last, from 0.
+    """
+    if end - first == 1:
+        return f"{noun} {end}"
+    plural = "batches" if noun == "batch" else f"{noun}s"
+    return f"{plural} {first + 1} to {end}"
+
+
+def _recurrence(bad: list[tuple[int, int, int]]) -> str:
+    """A sentence, if the same batches of each epoch were bad."""
+    if len({(first, end) for _, first, end in bad}) > 1 or len(bad) < 2:
+        return ""
+    _, first, end = bad[-1]
+    return (
+        f" It was {numbered('batch', first, end)} each epoch: data of a fixed "
+        "order keep what is bad in them; clean them, or raise --max_rollbacks."
+    )
+
+
+def _new_bad_inputs(read: Mapping[str, Any], before: Mapping[str, Any]) -> int:
+    """Slices of one call that hold NaN or infinite numbers."""
+    return int(read["nonfinite_inputs"] - before.get("nonfinite_inputs", 0.0))
 
 
 def _skip_reporter(steps: Steps) -> SkipReporter | None:

@@ -159,9 +159,8 @@ class MetricSet:
         return {**self._results(totals), **_counts(totals)}
 
     def _results(self, totals: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        results = {
-            "loss": tf.math.divide_no_nan(totals["loss"], totals["examples"])
-        }
+        # Where no loss was finite there is no mean: 0 / 0 is NaN.
+        results = {"loss": totals["loss"] / totals["examples"]}
         for key, metric in self._metrics:
             value = metric.result()
             if isinstance(value, dict):

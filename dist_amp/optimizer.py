@@ -873,6 +873,17 @@ def is_synchronized(model: keras.Model) -> bool:
     )
 
 
+def unsynchronized(model: keras.Model) -> list[str]:
+    """Paths of batch norm that is trained on the statistics of a slice."""
+    return [
+        layer.path
+        for layer in layers_of(model)
+        if isinstance(layer, keras.layers.BatchNormalization)
+        and layer.trainable
+        and not layer.synchronized
+    ]
+
+
 def set_moments(
     layer: keras.layers.BatchNormalization, function: Callable[..., Any]
 ) -> None:

@@ -132,12 +132,14 @@ class Place:
         batch: Of the epoch, from 0.
         num_steps: Updates of the call.
         per_step: Batches of each.
+        bad_inputs: Slices of its batches with NaN or infinite numbers.
     """
 
     epoch: int
     batch: int
     num_steps: int
     per_step: int
+    bad_inputs: int = 0
 
 
 class SkipReporter:
@@ -185,7 +187,7 @@ class SkipReporter:
         batch = place.batch + (place.num_steps - behind) * place.per_step
         _log_lines.warning(
             "step %d skipped%s: %s; loss scale %g, now %g; batch %d of epoch "
-            "%d%s",
+            "%d%s%s%s",
             step - behind + 1,
             f", and {new - 1} before it" if new > 1 else "",
             found.describe(self._replica_ids, self._num_replicas),
@@ -193,8 +195,28 @@ class SkipReporter:
             read["loss_scale"],
             batch + 1,
             place.epoch + 1,
+            "; the data hold NaN or infinite numbers, clean them"
+            if place.bad_inputs
+            else "",
+            f". If it goes on: {advise(step - behind + 1)}"
+            if self._told == 1 and not place.bad_inputs
+            else "",
             " (no more lines like this)" if self._told == _MOST_LINES else "",
         )
+
+
+def advise(step: int) -> str:
+    """How to find, and to mend, a layer that float16 cannot hold.
+
+    Args:
+        step: That was skipped, from 1.
+    """
+    return (
+        f"`python -m launch.replay --step={step}` names the layer of a run, "
+        "`python -m launch.numerics` looks at all layers "
+        "(`dist_amp.numerics.report`), and `--precision=auto_layers` "
+        "(`dist_amp.AutoLayers`) has those that need it compute in float32."
+    )
 
 
 def _variable(value: np.ndarray) -> keras.Variable:

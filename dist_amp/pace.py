@@ -1,6 +1,7 @@
 """How long compiled calls are, and how fast they go."""
 
 import contextlib
+import math
 import time
 from collections.abc import Iterator
 
@@ -52,8 +53,13 @@ class Rates:
         self._num_examples = num_examples
 
     def add_to(self, logs: dict[str, float], step: int) -> dict[str, float]:
-        """Replaces the counts in the logs by the two rates."""
+        """Replaces the counts in the logs by the two rates.
+
+        They are NaN where no step was made.
+        """
         seconds = time.perf_counter() - self._begin
+        if step == self._step:
+            seconds = math.nan
         num_examples = logs["examples"] - self._num_examples
         return {
             **{name: logs[name] for name in logs if name not in COUNTS},

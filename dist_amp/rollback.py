@@ -40,7 +40,8 @@ class RollbackPolicy:
     searched for, one update a call, and passed over. "spike": the loss is
     far above that of recent calls; all batches of the call are passed over
     (as PaLM's authors did, arXiv:2204.02311, section 5.1), so
-    `steps_per_loop` bounds how many.
+    `steps_per_loop` bounds how many. Data of a fixed order bring a bad batch
+    again in each pass, and each time is a rollback: clean them.
 
     Attributes:
         on: Which of "nan" and "spike" to go back on.
@@ -115,4 +116,5 @@ def call_loss(
     new = examples - examples_before
     if new <= 0:
         return math.nan
-    return (mean * examples - mean_before * examples_before) / new
+    before = mean_before * examples_before if examples_before else 0.0
+    return (mean * examples - before) / new

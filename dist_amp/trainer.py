@@ -119,7 +119,8 @@ class Trainer(Steps):
                 "The model and the optimizer must be made in one scope. "
                 f"Received a model of {type(strategy).__name__} and an "
                 "optimizer of another strategy: make both within `with "
-                "dist_amp.scope(strategy, ...)`."
+                "dist_amp.scope(strategy, ...)`. Each call of `make_strategy` "
+                "makes another strategy: keep one."
             )
         _check_own_steps(type(self), model)
         with strategy.scope():
@@ -143,6 +144,7 @@ class Trainer(Steps):
                 strategy_lib.gather_workers, strategy
             )
         self._is_built = False
+        self._doubts: list[str] = []
         self.beacon = Beacon()
         self.report_dir: str | pathlib.Path | None = None
         self._stop = StopRequest(strategy, self.beacon)
@@ -230,6 +232,7 @@ class Trainer(Steps):
         with contextlib.ExitStack() as stack:
             stack.enter_context(self._watched())
             self.build(dataset)
+            self._tell_doubts()
             policy = self._directed(save_policy or SavePolicy())
             self._check_best(policy, validation_data)
             self._check_recovery(dataset, checkpoint_dir, save_policy, rollback)
@@ -430,6 +433,7 @@ class Trainer(Steps):
             self.metrics.build(y, predictions)
         self._check_combinations(predictions)
         self._warn_of_odd_sizes()
+        self._doubts = list(self._doubts_of(predictions))
         self.prepare_layers()
         self.spread_seeds()
         self._is_built = True
@@ -660,6 +664,29 @@ class Trainer(Steps):
                 ", ".join(f"{name} ({size})" for name, size in odd),
             )
 
+    def _doubts_of(self, predictions: Any) -> Iterator[str]:
+        """What it trains with, and would better not."""
+        leaves = tf.nest.flatten(predictions)
+        dtypes = {one.dtype.name for one in leaves if hasattr(one, "dtype")}
+        for dtype in sorted(dtypes & {"float16", "bfloat16"}):
+            yield (
+                f"the model's output is {dtype}: give the last layer "
+                'dtype="float32"; softmax and loss want it'
+            )
+        apart = optimizer_lib.unsynchronized(self.model)
+        if apart and self.strategy.num_replicas_in_sync > 1:
+            yield (
+                f"batch norm {apart[0]}: statistics are per replica: pass "
+                "synchronized=True for the same model on any number of replicas"
+            )
+
+    def _tell_doubts(self) -> None:
+        """Once, and only where it is trained: other programs look on."""
+        doubts, self._doubts = self._doubts, []
+        if strategy_lib.task_index(self.strategy) == 0:
+            for doubt in doubts:
+                _log.warning(doubt)
+
     def _end(self, fit: Fit) -> None:
         is_cut = bool(self._stop.reason) and not fit.is_finished
         self._stop_reason = self._stop.reason if is_cut else None
@@ -845,7 +872,18 @@ class Trainer(Steps):
         return to_numbers(self.read_train_logs())
 
     def _explained(self, error: tf.errors.InvalidArgumentError) -> Exception:
-        """Adds the state of the input to the optimizer's last word."""
+        """In words: what a label was; why updates are skipped without end."""
+        label = re.search(
+            r"label value of (-?\d+) .* valid range of \[0, (\d+)\)",
+            error.message,
+        )
+        if label:
+            return ValueError(
+                f"A label is {label[1]}, and the model has {label[2]} outputs: "
+                "the loss (--loss) wants labels from 0, and one output for "
+                "each class. Give the last layer as many units as there are "
+                "classes, or predict numbers by 'mean_squared_error'."
+            )
         found = re.search(
             r"(\d+ updates in a row.*\)\.) Numbers .*?\[([\d ]+)\] \[(.*?)\]",
             error.message,
@@ -855,13 +893,14 @@ class Trainer(Steps):
         paths = found[3].split(", ")
         names = ", ".join(paths[int(number)] for number in found[2].split())
         inputs = int(self.metrics.counts()["nonfinite_inputs"])
-        last = self.optimizer.overflows.read().describe(
+        last = self.optimizer.overflows.read()
+        described = last.describe(
             self.replica_ids, self.strategy.num_replicas_in_sync
         )
         return FloatingPointError(
             f"{found[1]} Gradients that are not finite: {names} (after step "
-            f"{self.global_step}). The one before it was {last}. "
-            f"{blame(inputs)}"
+            f"{self.global_step}). The one before it was {described}. "
+            f"{blame(inputs, last.attempt + 1)}"
         )
 
     def _prepare_test(

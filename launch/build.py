@@ -22,7 +22,13 @@ from launch.config import (
 )
 from launch.hardware import Devices, seed
 from launch.inputs import Data
-from launch.models import make_loss, make_metrics, make_model, takes_logits
+from launch.models import (
+    check_labels,
+    make_loss,
+    make_metrics,
+    make_model,
+    takes_logits,
+)
 from launch.run_dir import RunDir
 from launch.updates import make_optimizer, updates_per_epoch
 
@@ -45,7 +51,8 @@ def make_trainer(
         trains: Else the optimizer is one that keeps no state.
 
     Raises:
-        ConfigError: Training is too short for the settings.
+        ConfigError: Training is too short for the settings, or the loss does
+            not fit the labels.
     """
     if trains:
         _check_length(config, data)
@@ -58,6 +65,7 @@ def make_trainer(
         else:
             optimizer = dist_amp.wrap_optimizer(keras.optimizers.SGD())
         loss = make_loss(config, model)
+        check_labels(config, data, model, loss)
         metrics = make_metrics(config, loss)
     return dist_amp.Trainer(
         model,
@@ -264,7 +272,8 @@ def describe_checkpoints(directory: str) -> str:
     """How many there are and what they weigh, for the last line of a run."""
     manifests = whole_manifests(directory).values()
     size = readable_size(sum(m.num_bytes for m in manifests))
-    return f"{len(manifests)} checkpoints, {size}"
+    number = len(manifests)
+    return f"{number} checkpoint{'' if number == 1 else 's'}, {size}"
 
 
 def save_model(trainer: dist_amp.Trainer, path: pathlib.Path) -> None:

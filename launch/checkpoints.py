@@ -111,7 +111,8 @@ def _list(run_dir: str) -> int:
     _print_table(
         ["checkpoint", "epochs", "size", "saved", "state", "results"], rows
     )
-    print(f"{len(rows)} checkpoints, {readable_size(total)} in all")
+    noun = "checkpoint" if len(rows) == 1 else "checkpoints"
+    print(f"{len(rows)} {noun}, {readable_size(total)} in all")
     return 0
 
 

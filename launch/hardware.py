@@ -70,12 +70,9 @@ def make_devices(config: TrainConfig) -> Devices:
     # Entered once for its checks, so that they come before any data is read.
     with dist_amp.scope(strategy, config.precision) as precision:
         pass
-    _log.info(
-        "strategy: %s, %d replicas (%s)",
-        kind,
-        strategy.num_replicas_in_sync,
-        reason,
-    )
+    number = strategy.num_replicas_in_sync
+    noun = "replica" if number == 1 else "replicas"
+    _log.info("strategy: %s, %d %s (%s)", kind, number, noun, reason)
     _log.info("precision: %s (%s)", precision.name, precision.reason)
     return Devices(strategy, kind, reason, precision)
 

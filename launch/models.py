@@ -25,6 +25,10 @@ _BINARY = (
     keras.losses.BinaryCrossentropy,
     keras.losses.BinaryFocalCrossentropy,
 )
+_OF_CLASSES = (
+    keras.losses.SparseCategoricalCrossentropy,
+    losses.SmoothedCrossentropy,
+)
 _CROSS_ENTROPIES = (
     keras.metrics.BinaryCrossentropy,
     keras.metrics.CategoricalCrossentropy,
@@ -185,6 +189,47 @@ def make_loss(config: TrainConfig, model: keras.Model) -> Any:
     return loss_class(
         from_logits=from_logits, label_smoothing=config.label_smoothing
     )
+
+
+def check_labels(
+    config: TrainConfig, data: Data, model: keras.Model, loss: Any
+) -> None:
+    """Whether a sparse cross-entropy gets labels and outputs that are classes.
+
+    Without it numbers to predict are cut to integers, of a class each: with
+    one output the loss is 0 whatever the model says.
+
+    Args:
+        config: The settings.
+        data: Tells the labels' dtype and the number of classes.
+        model: Its width is looked at if it is known before it is built.
+        loss: From `make_loss`.
+
+    Raises:
+        ConfigError: The labels are floats, or the outputs too few.
+    """
+    if not isinstance(loss, _OF_CLASSES):
+        return
+    labels = data_lib.target_spec(one_pass(data.train))
+    outputs = tf.nest.flatten(getattr(model, "outputs", None) or [])
+    if not isinstance(labels, tf.TensorSpec) or len(outputs) > 1:
+        return
+    width = outputs[0].shape[-1] if outputs else None
+    returns = f"the model returns [.., {width}] and " if outputs else ""
+    told = (
+        f"--loss={config.loss} wants integer labels and one output per class; "
+        f"{returns}labels are {labels.dtype.name}"
+    )
+    if labels.dtype.is_floating or width == 1:
+        raise ConfigError(
+            f"{told}: pass --loss=mean_squared_error (numbers) or "
+            "binary_crossentropy (two classes), or make them so."
+        )
+    if width is not None and data.num_classes and width < data.num_classes:
+        raise ConfigError(
+            f"{told} of {data.num_classes} classes: give the last layer "
+            f"{data.num_classes} units."
+        )
 
 
 def _loss_class(config: TrainConfig) -> Any:

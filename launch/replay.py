@@ -130,7 +130,9 @@ def _lines_of(result: Any) -> Iterator[str]:
     yield f"first gradient beyond float16: {result.gradient or 'none'}"
     for pin in report.advice.pins:
         yield f"{pin.layer} to float32: {'; '.join(pin.reasons)}"
-    if not report.advice.pins:
+    if report.advice.pins:
+        yield "--precision=auto_layers does so by itself"
+    else:
         yield "no layer needs float32 for this batch"
 
 

@@ -209,5 +209,19 @@ def test_lines_that_a_full_disk_refuses_come_when_there_is_room(
     assert "No space left on device" in caplog.text
 
 
+def test_counts_are_whole_and_an_unmeasured_speed_is_left_out(tmp_path):
+    logs = {"loss": 1.0, "rollbacks": 2.0, "steps_per_sec": math.nan}
+    assert describe_epoch(0, logs) == "Epoch 1, Loss: 1.0000, Rollbacks: 2"
+    callback = JsonLines(tmp_path / "metrics.jsonl", lambda: 1)
+    callback.on_epoch_begin(0)
+    callback.on_epoch_end(0, logs)
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert '"rollbacks": 2,' in text
+    assert "steps_per_sec" not in text
+    stream, clock = Terminal(), Clock()
+    make_progress(stream, clock).on_epoch_end(0, logs)
+    assert "40/40 [======] loss 1" in stream.getvalue()
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__]))

@@ -52,7 +52,11 @@ def test_the_log_names_replica_variables_scale_and_batch(
     )
     replica = row * num_replicas // support.GLOBAL_BATCH
     paths = [v.path for v in trainer.model.trainable_variables]
-    assert lines(caplog) == [
+    first, second = lines(caplog)
+    first, _, advice = first.partition(". If it goes on: ")
+    assert "launch.replay --step=3" in advice
+    assert "--precision=auto_layers" in advice
+    assert [first, second] == [
         f"step {step} skipped: not finite on replica {replica} of "
         f"{num_replicas}: {', '.join(paths)} (4 of 4 variables); loss scale "
         f"{scale}, now {scale // 2}; batch 3 of epoch {epoch}"
@@ -91,7 +95,20 @@ def test_accumulated_gradients_are_told_too(caplog):
     trainer.fit(poisoned(), verbose=0)
     (line,) = lines(caplog)
     assert line.startswith("step 2 skipped: not finite on replica 0 of 2: ")
-    assert line.endswith("batch 3 of epoch 1")
+    assert "batch 3 of epoch 1. If it goes on: " in line
+
+
+def test_what_is_not_finite_in_the_data_is_told_each_time(caplog):
+    x, y = support.make_arrays(NUM_BATCHES * support.GLOBAL_BATCH)
+    x[(BAD_BATCH - 1) * support.GLOBAL_BATCH] = float("nan")
+    trainer = make_trainer()
+    trainer.fit(support.batched((x, y)), epochs=2, verbose=0)
+    first, second = lines(caplog)
+    for epoch, line in enumerate((first, second), start=1):
+        assert line.endswith(
+            f"batch 3 of epoch {epoch}; the data hold NaN or infinite numbers, "
+            "clean them"
+        )
 
 
 def test_skips_without_end_end_in_an_error_with_the_report():
@@ -106,6 +123,8 @@ def test_skips_without_end_end_in_an_error_with_the_report():
     assert "20 updates in a row were skipped" in str(caught.value)
     told = f"The one before it was not finite on replica 0 of 2: {first}"
     assert told in str(caught.value)
+    assert "`python -m launch.replay --step=" in str(caught.value)
+    assert "--precision=auto_layers" in str(caught.value)
 
 
 def test_lines_end_when_there_were_many(caplog):

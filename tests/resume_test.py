@@ -1,5 +1,6 @@
 """A run that is interrupted anywhere ends like one that was not."""
 
+import math
 import sys
 
 import keras
@@ -174,6 +175,14 @@ def test_stopped_between_accumulated_updates(tmp_path, num_replicas):
     resumed = train(tmp_path / "parts", **options)
     assert_same_bits(resumed, straight)
     assert_same_history(resumed, straight)
+
+
+def test_an_epoch_of_which_nothing_was_left_has_no_speed(tmp_path):
+    train(tmp_path, stop=lambda t: t.global_step == 4)
+    history = train(tmp_path).model.history.history
+    for name in ("examples_per_sec", "steps_per_sec"):
+        assert math.isnan(history[name][0])
+        assert history[name][1] > 0
 
 
 class StopsInEvaluation(keras.callbacks.Callback):

@@ -75,7 +75,7 @@ def test_a_batch_with_nan_is_found_and_passed_over(
     support.assert_parity(trained, expected)
     assert trained.history["rollbacks"] == [1, 2]
     for epoch in (1, 2):
-        assert f"batches 2 to 2 of epoch {epoch} are passed over" in caplog.text
+        assert f"batch 3 of epoch {epoch} is passed over" in caplog.text
     assert "The data is the cause" in caplog.text
 
 
@@ -298,7 +298,7 @@ def test_a_spike_is_gone_back_on(tmp_path, caplog):
         support.batched((x[keep], y[keep])), **options
     )
     support.assert_parity(trained, expected)
-    assert "batches 30 to 30 of epoch 1 are passed over" in caplog.text
+    assert "batch 31 of epoch 1 is passed over" in caplog.text
 
 
 def make_linear():
@@ -349,6 +349,23 @@ def test_the_loss_of_a_call_comes_from_the_epochs_mean():
 def test_a_policy_out_of_range_is_refused(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         RollbackPolicy(**options)
+
+
+def test_a_call_after_those_without_a_finite_loss_has_one():
+    assert call_loss(2.0, 8, float("nan"), 0) == 2.0
+
+
+def test_a_batch_that_is_bad_in_each_epoch_is_told(tmp_path):
+    with pytest.raises(FloatingPointError) as caught:
+        fit(
+            tmp_path,
+            make_batches(put_nan),
+            policy=RollbackPolicy(max_rollbacks=1),
+        )
+    told = str(caught.value)
+    assert "in step 7 (epoch 2)" in told
+    assert "The data is the cause: 1 slice of a batch since" in told
+    assert "It was batch 3 each epoch" in told
 
 
 if __name__ == "__main__":

@@ -159,7 +159,7 @@ def test_a_plain_optimizer_is_wrapped_for_the_models_precision():
 def test_an_optimizer_of_another_scope_is_refused():
     with dist_amp.scope(support.make_strategy(2), "float32"):
         model = support.make_mlp()
-    with pytest.raises(ValueError, match="made in one scope"):
+    with pytest.raises(ValueError, match=r"made in one scope.*: keep one"):
         dist_amp.Trainer(model, support.make_sgd(), loss=support.make_loss())
 
 
@@ -516,6 +516,69 @@ def test_what_compile_was_given_is_told_to_be_ignored(caplog):
 
     support.make_trainer(make_compiled)
     assert "what `compile` was given does not count" in caplog.text
+
+
+def test_a_label_beyond_the_outputs_is_told_in_words():
+    x, y = support.make_arrays(16)
+    trainer = support.make_trainer()
+    with pytest.raises(ValueError, match="A label is 7, and the model has 3"):
+        fit(trainer, support.batched((x, y + 7 - y)))
+
+
+@pytest.mark.parametrize("num_replicas", [1, 2])
+def test_the_mean_of_no_finite_loss_is_nan(num_replicas):
+    x, y = support.make_arrays(16)
+    trainer = support.make_trainer(
+        num_replicas=num_replicas, precision="mixed_float16"
+    )
+    dataset = support.batched((x + np.nan, y))
+    assert np.isnan(trainer.train_on(dataset, num_steps=2)["loss"])
+    history = trainer.fit(dataset, verbose=0).history
+    assert np.isnan(history["loss"]).all()
+
+
+def make_doubtful(**options):
+    return keras.Sequential(
+        [
+            keras.Input((support.NUM_FEATURES,)),
+            keras.layers.BatchNormalization(**options),
+            keras.layers.Dense(support.NUM_CLASSES),
+        ],
+        name="doubtful",
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_replicas", "precision", "options", "told"),
+    [
+        (1, "float32", {}, []),
+        (2, "float32", {"synchronized": True}, []),
+        (2, "float32", {"trainable": False}, []),
+        (
+            2,
+            "float32",
+            {"name": "norm"},
+            ["batch norm doubtful/norm: statistics are"],
+        ),
+        (1, "mixed_float16", {}, ["the model's output is float16: give"]),
+        (1, "mixed_bfloat16", {}, ["the model's output is bfloat16: give"]),
+    ],
+)
+def test_a_model_to_doubt_is_told_once(
+    caplog, num_replicas, precision, options, told
+):
+    trainer = support.make_trainer(
+        lambda: make_doubtful(**options),
+        num_replicas=num_replicas,
+        precision=precision,
+    )
+    for _ in range(2):
+        fit(trainer)
+    records = [r for r in caplog.records if r.levelname == "WARNING"]
+    found = [r.getMessage() for r in records if "tensor cores" not in r.msg]
+    assert len(found) == len(told)
+    for line, start in zip(found, told, strict=True):
+        assert line.startswith(start)
 
 
 if __name__ == "__main__":

@@ -379,5 +379,35 @@ def test_errors_that_are_not_ours_are_not_told_as_ours():
     assert not is_ours(caught.value)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize(
+    ("dtype", "units", "num_classes", "message"),
+    [
+        ("float32", 1, None, r"\[.., 1\] and labels are float32: pass --loss"),
+        ("float32", 3, None, "wants integer labels"),
+        ("int32", 1, None, "labels are int32: pass --loss=mean_squared_error"),
+        ("int32", 3, 4, "of 4 classes: give the last layer 4 units"),
+        ("int32", 4, 4, None),
+    ],
+)
+def test_a_sparse_cross_entropy_wants_classes(
+    dtype, units, num_classes, message, label_smoothing
+):
+    config = TrainConfig(
+        model=f"{NAME}:ending",
+        model_option=(f"units={units}", "activation=none"),
+        precision="float32",
+        label_smoothing=label_smoothing,
+    )
+    arrays = np.zeros((8, 4), "float32"), np.zeros(8, dtype)
+    data = inputs.Data(support.batched(arrays), None, num_classes)
+    devices = hardware.make_devices(config)
+    if message is None:
+        build.make_trainer(config, devices, data)
+        return
+    with pytest.raises(ConfigError, match=message):
+        build.make_trainer(config, devices, data)
+
+
 if __name__ == "__main__":
     sys.exit(pytest.main([__file__]))

@@ -144,7 +144,7 @@ def test_rollbacks_are_in_the_log_and_in_the_metrics(tmp_path):
         "--run_dir=run",
     )
     assert done.returncode == 0, done.stderr
-    assert "batches 3 to 3 of epoch 1 are passed over" in done.stderr
+    assert "batch 4 of epoch 1 is passed over" in done.stderr
     lines = [json.loads(x) for x in (tmp_path / "run/metrics.jsonl").open()]
     train = [line for line in lines if line["split"] == "train"]
     assert [line["rollbacks"] for line in train] == [1, 2]
