@@ -555,8 +555,9 @@ class Fit:
             self._search_end = (epoch, error.end)
         if rollbacks > policy.max_rollbacks:
             raise FloatingPointError(
-                f"{error} Training went back {policy.max_rollbacks} times "
-                f"already (--max_rollbacks).{_recurrence(bad)}"
+                f"{error} Training went back {policy.max_rollbacks} "
+                f"time{'' if policy.max_rollbacks == 1 else 's'} already "
+                f"(--max_rollbacks).{_recurrence(bad)}"
             ) from error
         restored = checkpointer.restore(only_finite=True)
         if restored is None:

@@ -168,7 +168,7 @@ def test_interrupted_after_a_rollback_it_ends_the_same(tmp_path):
 
 
 def test_too_many_rollbacks_are_an_error(tmp_path):
-    with pytest.raises(FloatingPointError, match="went back 1 times already"):
+    with pytest.raises(FloatingPointError, match="went back 1 time already"):
         fit(
             tmp_path,
             make_batches(put_nan),
