@@ -33,7 +33,18 @@ TRAIN_ONLY = (
 _COUNTS = ("skipped_updates", "rollbacks")
 
 
-class JsonLines(keras.callbacks.Callback):
+class StatelessCallback(keras.callbacks.Callback):
+    """One that a checkpoint need not know: what it writes is its state."""
+
+    def get_state(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+
+class JsonLines(StatelessCallback):
     """Appends a line for "train" and one for "test" after each epoch.
 
     A train line holds `step`, `epoch` (from 1), `split`, `loss`, each metric
@@ -111,13 +122,6 @@ class JsonLines(keras.callbacks.Callback):
         """Tries once more what there was no room for."""
         self._write_waiting()
 
-    def get_state(self) -> dict[str, Any]:
-        """Nothing: the file itself is the state."""
-        return {}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
     def _write_waiting(self) -> None:
         """All lines that wait, or none of them."""
         if not self._waiting:
@@ -159,7 +163,7 @@ class TensorBoard(keras.callbacks.TensorBoard):
             super().on_train_end(logs)
 
 
-class Histograms(keras.callbacks.Callback):
+class Histograms(StatelessCallback):
     """TensorBoard histograms of each variable and of its newest gradient.
 
     At a step that counts updates, under `weights/` and `gradients/` by the
@@ -207,13 +211,6 @@ class Histograms(keras.callbacks.Callback):
                 self._file.close()
             self._file = None
 
-    def get_state(self) -> dict[str, Any]:
-        """Nothing: what is written is no state of the run."""
-        return {}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Does nothing."""
-
     def _write(self) -> None:
         for variable in self.model.trainable_variables:
             value = strategy_lib.local_copies(variable)[0].numpy()
@@ -222,7 +219,7 @@ class Histograms(keras.callbacks.Callback):
             tf.summary.histogram(f"gradients/{path}", gradient)
 
 
-class Progress(keras.callbacks.Callback):
+class Progress(StatelessCallback):
     """One line that is rewritten on a terminal; plain lines in a file.
 
     Shows the step in the epoch, steps/s, the loss, the metrics and the loss
@@ -285,13 +282,6 @@ class Progress(keras.callbacks.Callback):
         self._width = 0
         self._stream.write(self._describe(epoch, logs) + "\n")
         self._stream.flush()
-
-    def get_state(self) -> dict[str, Any]:
-        """Nothing: what is on the screen is no state of the run."""
-        return {}
-
-    def set_state(self, state: Mapping[str, Any]) -> None:
-        """Does nothing."""
 
     def _progress_line(self, step: int, logs: Mapping[str, Any]) -> str:
         total = self.params.get("steps")

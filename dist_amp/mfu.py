@@ -5,11 +5,11 @@ import os
 import re
 from typing import Any
 
-import keras
 import tensorflow as tf
 
 from dist_amp import plan
 from dist_amp import strategy as strategy_lib
+from dist_amp.callbacks import StatelessCallback
 from dist_amp.stream import DatasetLike
 from dist_amp.trainer import Trainer
 
@@ -89,7 +89,7 @@ def peak_of(strategy: tf.distribute.Strategy) -> float | None:
     return None
 
 
-class Mfu(keras.callbacks.Callback):
+class Mfu(StatelessCallback):
     """Adds `mfu` to the logs of each epoch, where the peak is known.
 
     The FLOPs of a step, read off a trace of it (matrix products and
@@ -139,10 +139,3 @@ class Mfu(keras.callbacks.Callback):
         if self._flops and self._peak and logs and "steps_per_sec" in logs:
             flops_per_sec = self._flops * logs["steps_per_sec"]
             logs["mfu"] = flops_per_sec / self._peak
-
-    def get_state(self) -> dict[str, Any]:
-        """Nothing: it is traced again."""
-        return {}
-
-    def set_state(self, state: Any) -> None:
-        """Does nothing."""

@@ -27,11 +27,10 @@ OF_DEVICES = (
     "collective_timeout",
     "heartbeat_timeout",
 )
-# Settings that may differ when a run goes on.
-_FREE = (
+# What a run keeps and where, and when it goes back to that.
+OF_KEEPING = (
     "run_dir",
     "resume",
-    "dry_run",
     "checkpoint_dir",
     "save_every_epochs",
     "save_every_steps",
@@ -39,12 +38,17 @@ _FREE = (
     "keep_checkpoints",
     "keep_best",
     "keep_every",
-    "initial_weights",
-    "max_minutes",
     "rollback_on",
     "max_rollbacks",
     "rollback_lower",
     "rollback_factor",
+)
+# Settings that may differ when a run goes on.
+_FREE = (
+    *OF_KEEPING,
+    "dry_run",
+    "initial_weights",
+    "max_minutes",
     "epochs",
     "steps_per_loop",
     "eval_steps",

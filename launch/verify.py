@@ -29,7 +29,7 @@ from launch.config import ConfigError, TrainConfig, check_positive, flag
 from launch.errors import is_ours
 from launch.flags import read_command_line
 from launch.quiet import quiet_start
-from launch.run_dir import OF_DEVICES
+from launch.run_dir import OF_DEVICES, OF_KEEPING
 
 # As in dist_amp.verify, which would bring TensorFlow; a test compares them.
 SUITES = (
@@ -75,23 +75,7 @@ IGNORED = {
         _LENGTH,
     ),
     **dict.fromkeys(
-        (
-            "run_dir",
-            "resume",
-            "checkpoint_dir",
-            "save_every_epochs",
-            "save_every_steps",
-            "save_every_minutes",
-            "keep_checkpoints",
-            "keep_best",
-            "keep_every",
-            "rollback_on",
-            "max_rollbacks",
-            "rollback_lower",
-            "rollback_factor",
-            "tensorboard_graph",
-            "histogram_every_epochs",
-        ),
+        (*OF_KEEPING, "tensorboard_graph", "histogram_every_epochs"),
         _NOTHING_KEPT,
     ),
 }
